@@ -1,0 +1,127 @@
+"""Feature pyramids from timm backbones, cut to what the chosen levels reach."""
+
+import difflib
+from collections.abc import Sequence
+from typing import NamedTuple
+
+import timm
+import torch
+from timm.models import get_pretrained_cfg
+from torch import Tensor, nn
+
+from anomalib_dskd.errors import ArgumentError
+
+__all__ = ["Backbone", "FeatureLevel", "check_teacher", "full_name"]
+
+PROBE_SIZE = 64  # pixels; enough for a stride of 32, small enough to cost milliseconds
+
+
+class FeatureLevel(NamedTuple):
+    """One level of a feature pyramid."""
+
+    channels: int
+    stride: int
+    signed: bool
+    """Whether the features take negative values: a student that ends in a ReLU could not match them."""
+
+
+def check_teacher(teacher: str) -> None:
+    """Raise an error with the nearest legal names unless timm knows ``teacher``, with its tag if it has one.
+
+    Raises:
+        ArgumentError: unknown architecture or unknown pretrained tag.
+    """
+    architecture, _, tag = teacher.partition(".")
+    if not timm.is_model(architecture):
+        near = difflib.get_close_matches(architecture, timm.list_models(), n=5)
+        hint = f" Did you mean {', '.join(map(repr, near))}?" if near else ""
+        msg = (
+            f"teacher {teacher!r} is not a timm model.{hint} "
+            "Legal are the backbones that `timm.list_models()` lists, such as 'resnet18.tv_in1k'."
+        )
+        raise ArgumentError(msg)
+    tags = [name.partition(".")[2] for name in timm.list_pretrained(f"{architecture}.*")]
+    if tag and tag not in tags:
+        msg = f"teacher {teacher!r}: timm has no pretrained tag {tag!r} for {architecture!r}. Legal tags: {tags}."
+        raise ArgumentError(msg)
+
+
+def full_name(teacher: str) -> str:
+    """Return the timm name with its pretrained tag.
+
+    >>> full_name("resnet18.tv_in1k"), full_name("tf_efficientnet_lite0")
+    ('resnet18.tv_in1k', 'tf_efficientnet_lite0.in1k')
+    """
+    cfg = get_pretrained_cfg(teacher)
+    return f"{cfg.architecture}.{cfg.tag}" if cfg is not None and cfg.tag else teacher
+
+
+class Backbone(nn.Module):
+    """A timm backbone with random weights that returns the features of chosen levels.
+
+    Modules that no chosen level depends on (such as ``layer4`` of a ResNet read out up to ``layer3``) are
+    removed, so that they cost neither parameters nor time, and none is left without a gradient.
+
+    Args:
+        name: timm model that supports ``features_only``.
+        layers: indices into timm's feature levels (``out_indices``), increasing.
+
+    Raises:
+        ArgumentError: unknown model, model without ``features_only``, or layers out of range.
+    """
+
+    def __init__(self, name: str, layers: Sequence[int]) -> None:
+        super().__init__()
+        check_teacher(name)
+        self.name = name
+        self.layers = tuple(layers)
+        self.network = _create_features(name, self.layers)
+        self.levels = self._probe_and_prune()
+
+    def forward(self, images: Tensor) -> list[Tensor]:
+        """Map images ``(B, 3, H, W)`` to one ``(B, C_k, H / stride_k, W / stride_k)`` tensor a level."""
+        features: list[Tensor] = self.network(images)
+        return features
+
+    def _probe_and_prune(self) -> tuple[FeatureLevel, ...]:
+        """Run one image through the network: drop what got no gradient, note the sign of each level."""
+        cfg = get_pretrained_cfg(self.name)
+        size = cfg.input_size if cfg is not None and cfg.fixed_input_size else (3, PROBE_SIZE, PROBE_SIZE)
+        probe = torch.randn(1, *size, generator=torch.Generator().manual_seed(0))
+        self.network.eval()
+        features = self(probe)
+        torch.stack([level.sum() for level in features]).sum().backward()  # type: ignore[no-untyped-call]
+        _replace_unreached(self.network)
+        self.network.zero_grad(set_to_none=True)
+        self.network.train()
+        info = self.network.feature_info
+        return tuple(
+            FeatureLevel(channels=channels, stride=stride, signed=bool(level.min() < 0))
+            for channels, stride, level in zip(info.channels(), info.reduction(), features, strict=True)  # type: ignore[operator, union-attr]
+        )
+
+
+def _create_features(name: str, layers: tuple[int, ...]) -> nn.Module:
+    try:
+        levels = len(timm.create_model(name, pretrained=False, features_only=True).feature_info)
+    except (AttributeError, RuntimeError) as error:
+        msg = f"teacher {name!r} does not support timm's `features_only`: {error}. Choose another backbone."
+        raise ArgumentError(msg) from error
+    legal = layers and all(0 <= layer < levels for layer in layers) and list(layers) == sorted(set(layers))
+    if not legal:
+        msg = (
+            f"layers {list(layers)} do not fit teacher {name!r}: it has {levels} feature levels. "
+            f"Give one or more increasing indices from 0 to {levels - 1}, such as [1, 2, 3]."
+        )
+        raise ArgumentError(msg)
+    network: nn.Module = timm.create_model(name, pretrained=False, features_only=True, out_indices=layers)
+    return network
+
+
+def _replace_unreached(module: nn.Module) -> None:
+    for name, child in module.named_children():
+        parameters = list(child.parameters())
+        if parameters and all(parameter.grad is None for parameter in parameters):
+            setattr(module, name, nn.Identity())
+        else:
+            _replace_unreached(child)

@@ -1,0 +1,76 @@
+"""Deep feature embedding: the bottleneck between the two students (section 3.2, Fig. 4)."""
+
+import math
+from collections.abc import Sequence
+
+import torch
+from torch import Tensor, nn
+
+from anomalib_dskd.components.backbone import FeatureLevel
+from anomalib_dskd.components.residual import ResidualBlock, conv_block, match_size
+
+__all__ = ["DeepFeatureEmbedding", "DirectEmbedding", "embedding_channels"]
+
+
+def embedding_channels(levels: Sequence[FeatureLevel]) -> int:
+    """Return the width of the embedding: twice the channels of the deepest level (512 for ResNet18)."""
+    return 2 * levels[-1].channels
+
+
+class DeepFeatureEmbedding(nn.Module):
+    """Bring all levels to the deepest one's size, concatenate them, and embed them at half that size.
+
+    A level is brought down by one 3x3 convolution a level below it: stride 2 where the next level halves the
+    size, so F1 of a ResNet18 passes two (64 to 128 to 256 channels) and F2 one (128 to 256).
+
+    Args:
+        levels: feature levels of the encoder student, shallow to deep.
+        blocks: residual blocks behind the concatenation; the first has stride 2 and a 1x1 convolution in its
+            shortcut. The paper's Table 6 (39.3 M parameters) fits two.
+    """
+
+    def __init__(self, levels: Sequence[FeatureLevel], blocks: int = 2) -> None:
+        super().__init__()
+        self.reductions = nn.ModuleList(_reduction(levels[index:]) for index in range(len(levels)))
+        width = embedding_channels(levels)
+        self.residual = nn.Sequential(
+            ResidualBlock.down(len(levels) * levels[-1].channels, width),
+            *(ResidualBlock.same(width) for _ in range(blocks - 1)),
+        )
+
+    def forward(self, features: Sequence[Tensor]) -> Tensor:
+        """Map the levels, each ``(B, C_k, H_k, W_k)``, to ``(B, 2 C_K, ceil(H_K / 2), ceil(W_K / 2))``."""
+        height, width = features[-1].shape[-2:]
+        reduced = [
+            match_size(reduction(level), height, width)
+            for reduction, level in zip(self.reductions, features, strict=True)
+        ]
+        embedded: Tensor = self.residual(torch.cat(reduced, dim=1))  # (B, K * C_K, H_K, W_K)
+        return embedded
+
+
+class DirectEmbedding(nn.Module):
+    """The ablation of Table 8: no fusion, the deepest level alone is down-sampled by one 3x3 convolution."""
+
+    def __init__(self, levels: Sequence[FeatureLevel]) -> None:
+        super().__init__()
+        self.reduction = conv_block(levels[-1].channels, embedding_channels(levels), stride=2)
+
+    def forward(self, features: Sequence[Tensor]) -> Tensor:
+        """Map the deepest level ``(B, C_K, H_K, W_K)`` to ``(B, 2 C_K, ceil(H_K / 2), ceil(W_K / 2))``."""
+        embedded: Tensor = self.reduction(features[-1])
+        return embedded
+
+
+def _reduction(levels: Sequence[FeatureLevel]) -> nn.Sequential:
+    """Convolutions from the first of ``levels`` to the size and width of the last."""
+    stages: list[nn.Module] = []
+    for level, deeper in zip(levels[:-1], levels[1:], strict=True):
+        halvings = round(math.log2(deeper.stride / level.stride))
+        strides = [2] * halvings or [1]
+        channels = [level.channels, *[deeper.channels] * len(strides)]
+        stages += [
+            conv_block(before, after, stride=stride)
+            for before, after, stride in zip(channels[:-1], channels[1:], strides, strict=True)
+        ]
+    return nn.Sequential(*stages)

@@ -1,0 +1,77 @@
+"""ResNet18's basic block in the three forms that the embedding and the decoder student need."""
+
+from torch import Tensor, nn
+from torch.nn import functional as F  # noqa: N812
+from typing_extensions import Self
+
+__all__ = ["ResidualBlock", "conv_block", "match_size"]
+
+
+def match_size(features: Tensor, height: int, width: int) -> Tensor:
+    """Cut off, or repeat, the last rows and columns, so that levels of odd sizes meet.
+
+    Backbones round odd sizes up (ResNet) or down (ConvNeXt) where they halve them; our blocks round up.
+    """
+    missing_rows, missing_columns = height - features.shape[-2], width - features.shape[-1]
+    if missing_rows > 0 or missing_columns > 0:
+        features = F.pad(features, (0, max(missing_columns, 0), 0, max(missing_rows, 0)), mode="replicate")
+    return features[..., :height, :width]
+
+
+def conv_block(in_channels: int, out_channels: int, *, stride: int = 1) -> nn.Sequential:
+    """Return a 3x3 convolution with batch norm and ReLU; the output size is ``ceil(input / stride)``."""
+    return nn.Sequential(
+        nn.Conv2d(in_channels, out_channels, kernel_size=3, stride=stride, padding=1, bias=False),
+        nn.BatchNorm2d(out_channels),
+        nn.ReLU(inplace=True),
+    )
+
+
+class ResidualBlock(nn.Module):
+    """Two convolutions beside a shortcut, summed, then an activation.
+
+    Args:
+        entry: first convolution of the main path; it sets the size.
+        shortcut: what the input passes to reach the same shape.
+        channels: width of the block's output.
+        signed: leave out the last activation, so that the output can take negative values.
+    """
+
+    def __init__(self, entry: nn.Module, shortcut: nn.Module, channels: int, *, signed: bool = False) -> None:
+        super().__init__()
+        self.main = nn.Sequential(
+            entry,
+            nn.BatchNorm2d(channels),
+            nn.ReLU(inplace=True),
+            nn.Conv2d(channels, channels, kernel_size=3, padding=1, bias=False),
+            nn.BatchNorm2d(channels),
+        )
+        self.shortcut = shortcut
+        self.activation = nn.Identity() if signed else nn.ReLU(inplace=True)
+
+    @classmethod
+    def same(cls, channels: int, *, signed: bool = False) -> Self:
+        """Build a block that keeps size and width; the shortcut is the identity."""
+        entry = nn.Conv2d(channels, channels, kernel_size=3, padding=1, bias=False)
+        return cls(entry, nn.Identity(), channels, signed=signed)
+
+    @classmethod
+    def down(cls, in_channels: int, channels: int) -> Self:
+        """Build a block that halves the size; the shortcut is a 1x1 convolution with stride 2."""
+        entry = nn.Conv2d(in_channels, channels, kernel_size=3, stride=2, padding=1, bias=False)
+        shortcut = nn.Conv2d(in_channels, channels, kernel_size=1, stride=2, bias=False)
+        return cls(entry, nn.Sequential(shortcut, nn.BatchNorm2d(channels)), channels)
+
+    @classmethod
+    def up(cls, in_channels: int, channels: int, *, factor: int) -> Self:
+        """Build a block that up-samples by transposed convolutions, in the main path and in the shortcut."""
+
+        def transposed() -> nn.ConvTranspose2d:
+            return nn.ConvTranspose2d(in_channels, channels, kernel_size=factor, stride=factor, bias=False)
+
+        return cls(transposed(), nn.Sequential(transposed(), nn.BatchNorm2d(channels)), channels)
+
+    def forward(self, features: Tensor) -> Tensor:
+        """Map ``(B, C_in, H, W)`` to ``(B, C, H', W')``."""
+        activated: Tensor = self.activation(self.main(features) + self.shortcut(features))
+        return activated

@@ -1,0 +1,5 @@
+"""One room a model."""
+
+from anomalib_dskd.models.dskd import Dskd
+
+__all__ = ["Dskd"]

