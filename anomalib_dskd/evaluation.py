@@ -8,7 +8,7 @@ place that works around it; ``tests/unit/test_evaluation.py`` tells when it is n
 
 from collections.abc import Sequence
 
-from anomalib.data import Batch, InferenceBatch
+from anomalib.data import ImageBatch, InferenceBatch
 from anomalib.metrics import AUPRO, AUROC, AnomalibMetric, Evaluator, F1Score
 
 __all__ = ["RawScoreEvaluator", "keep_raw_scores"]
@@ -16,7 +16,7 @@ __all__ = ["RawScoreEvaluator", "keep_raw_scores"]
 FPR_LIMIT = 0.3  # section 4.1.3
 
 
-def keep_raw_scores(batch: Batch, predictions: InferenceBatch, *, largest: float) -> None:
+def keep_raw_scores(batch: ImageBatch, predictions: InferenceBatch, *, largest: float) -> None:
     """Put score and map, divided by their upper bound, on ``batch`` for the metrics.
 
     The division keeps the order and brings the values into [0, 1]: torchmetrics passes a batch with any value
@@ -27,8 +27,8 @@ def keep_raw_scores(batch: Batch, predictions: InferenceBatch, *, largest: float
         predictions: the model's output before post-processing.
         largest: upper bound of both.
     """
-    batch.raw_pred_score = predictions.pred_score / largest
-    batch.raw_anomaly_map = predictions.anomaly_map / largest
+    for name in ("pred_score", "anomaly_map"):
+        vars(batch)[f"raw_{name}"] = getattr(predictions, name) / largest
 
 
 class RawScoreEvaluator(Evaluator):

@@ -164,13 +164,11 @@ def _from_hub(name: str, tried: list[str]) -> TeacherWeights | None:
     for file in HUB_FILES:
         try:
             # one request without retries tells whether the hub answers; the download itself would try for minutes
-            huggingface_hub.get_hf_file_metadata(
-                huggingface_hub.hf_hub_url(repository, file), timeout=HUB_TIMEOUT
-            )
+            huggingface_hub.get_hf_file_metadata(huggingface_hub.hf_hub_url(repository, file), timeout=HUB_TIMEOUT)
             return TeacherWeights(Path(huggingface_hub.hf_hub_download(repository, file)))
         except huggingface_hub.errors.EntryNotFoundError:
             continue
-        except Exception as error:  # noqa: BLE001 - whatever keeps the hub from answering belongs into the list
+        except Exception as error:  # whatever keeps the hub from answering belongs into the list
             tried.append(f"Hugging Face hub, {repository}: {type(error).__name__}: {str(error).splitlines()[0]}")
             return None
     tried.append(f"Hugging Face hub, {repository}: has none of {', '.join(HUB_FILES)}")
@@ -196,8 +194,9 @@ def _read(path: Path) -> dict[str, Tensor]:
         )
         raise TeacherWeightsError(msg) from error
     except (SafetensorError, RuntimeError, EOFError, OSError, ValueError) as error:
+        reason = str(error).splitlines()[0] if str(error) else "empty file"
         msg = (
-            f"teacher weights {str(path)!r} cannot be read: {str(error).splitlines()[0] if str(error) else 'empty file'}. "
+            f"teacher weights {str(path)!r} cannot be read: {reason}. "
             "The file may be truncated or of another format; legal are safetensors and PyTorch state dicts."
         )
         raise TeacherWeightsError(msg) from error

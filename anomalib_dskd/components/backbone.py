@@ -103,7 +103,7 @@ class Backbone(nn.Module):
 
 def _create_features(name: str, layers: tuple[int, ...]) -> nn.Module:
     try:
-        levels = len(timm.create_model(name, pretrained=False, features_only=True).feature_info)
+        levels = len(timm.create_model(name, pretrained=False, features_only=True).feature_info)  # type: ignore[arg-type]
     except (AttributeError, RuntimeError) as error:
         msg = f"teacher {name!r} does not support timm's `features_only`: {error}. Choose another backbone."
         raise ArgumentError(msg) from error

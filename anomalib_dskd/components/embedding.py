@@ -1,5 +1,6 @@
 """Deep feature embedding: the bottleneck between the two students (section 3.2, Fig. 4)."""
 
+import itertools
 import math
 from collections.abc import Sequence
 
@@ -65,12 +66,12 @@ class DirectEmbedding(nn.Module):
 def _reduction(levels: Sequence[FeatureLevel]) -> nn.Sequential:
     """Convolutions from the first of ``levels`` to the size and width of the last."""
     stages: list[nn.Module] = []
-    for level, deeper in zip(levels[:-1], levels[1:], strict=True):
+    for level, deeper in itertools.pairwise(levels):
         halvings = round(math.log2(deeper.stride / level.stride))
         strides = [2] * halvings or [1]
         channels = [level.channels, *[deeper.channels] * len(strides)]
         stages += [
             conv_block(before, after, stride=stride)
-            for before, after, stride in zip(channels[:-1], channels[1:], strides, strict=True)
+            for (before, after), stride in zip(itertools.pairwise(channels), strides, strict=True)
         ]
     return nn.Sequential(*stages)

@@ -1,7 +1,7 @@
 """Reading image files with errors that name the file."""
 
 from collections.abc import Iterable
-from functools import lru_cache
+from functools import cache
 from pathlib import Path
 
 import torch
@@ -15,7 +15,7 @@ __all__ = ["check_depth", "check_depths", "read_named_image"]
 READABLE_ERRORS = (OSError, SyntaxError, ValueError, UnidentifiedImageError, Image.DecompressionBombError)
 
 
-@lru_cache(maxsize=None)
+@cache
 def check_depth(path: str | Path) -> None:
     """Refuse images of more than 8 bits a channel, which ``anomalib.data.utils.read_image`` turns white.
 
@@ -52,8 +52,8 @@ def read_named_image(path: str | Path) -> torch.Tensor:
     """
     check_depth(path)
     try:
-        image: torch.Tensor = read_image(path, as_tensor=True)
+        image = read_image(path, as_tensor=True)
     except READABLE_ERRORS as error:
         msg = f"image {str(path)!r} cannot be read: {error}. Replace the file, or remove it from the data set."
         raise DataError(msg) from error
-    return image
+    return torch.as_tensor(image)

@@ -4,6 +4,7 @@ Huang, Qiu, Yuan: "Surface defect saliency of magnetic tile", The Visual Compute
 ``MT_<class>/Imgs/*.jpg`` with a ``*.png`` mask of the same name beside each; there is no published split.
 """
 
+from functools import partial
 from pathlib import Path
 
 import numpy as np
@@ -138,14 +139,11 @@ class MagneticTile(AnomalibDataModule):
             val_split_ratio=val_split_ratio,
             seed=seed,
         )
-        self.root = Path(root)
-        self.test_ratio = test_ratio
+        self._create_dataset = partial(MagneticTileDataset, Path(root), test_ratio=test_ratio, seed=seed)
 
     def _setup(self, _stage: str | None = None) -> None:
-        self.train_data, self.test_data = (
-            MagneticTileDataset(self.root, split, test_ratio=self.test_ratio, seed=self.seed)
-            for split in (Split.TRAIN, Split.TEST)
-        )
+        self.train_data = self._create_dataset(Split.TRAIN)
+        self.test_data = self._create_dataset(Split.TEST)
 
 
 def make_samples(root: Path, *, test_ratio: float, seed: int) -> DataFrame:

@@ -7,7 +7,7 @@ from typing import Any
 
 import torch
 from anomalib import LearningType
-from anomalib.data import Batch, InferenceBatch
+from anomalib.data import ImageBatch, InferenceBatch
 from anomalib.metrics import Evaluator
 from anomalib.models.components import AnomalibModule
 from anomalib.post_processing import PostProcessor
@@ -154,16 +154,17 @@ class Dskd(AnomalibModule):
         name = self.model.teacher.backbone.name
         self.model.teacher.load_weights(find_teacher_weights(name, self.teacher_weights))
 
-    def training_step(self, batch: Batch, batch_idx: int) -> Tensor:  # noqa: ARG002 - Lightning passes it
+    def training_step(self, batch: ImageBatch, batch_idx: int) -> Tensor:  # noqa: ARG002
         """Return the sum of the students' losses, Eq. (7)."""
         check_depths(batch.image_path)
-        features = self.model(batch.image.contiguous(memory_format=torch.channels_last))
+        images = torch.as_tensor(batch.image).contiguous(memory_format=torch.channels_last)
+        features = self.model(images)
         losses = self.loss(features.teacher, features.students)
         total = torch.stack(list(losses.values())).sum()
         logged = {"train_loss": total, **{f"train_loss_{student}": loss for student, loss in losses.items()}}
         for name, loss in logged.items():
             on_bar = name == "train_loss"
-            self.log(name, loss.detach(), on_step=False, on_epoch=True, prog_bar=on_bar, batch_size=len(batch.image))
+            self.log(name, loss.detach(), on_step=False, on_epoch=True, prog_bar=on_bar, batch_size=len(images))
         return total
 
     def on_train_batch_end(self, outputs: Any, batch: Any, batch_idx: int) -> None:  # noqa: ANN401, ARG002
@@ -179,19 +180,24 @@ class Dskd(AnomalibModule):
 
     # --- evaluation ---------------------------------------------------------------------------------------------
 
-    def validation_step(self, batch: Batch, batch_idx: int) -> Batch:  # noqa: ARG002 - Lightning passes it
+    def validation_step(self, batch: ImageBatch, batch_idx: int) -> ImageBatch:  # type: ignore[override] # noqa: ARG002
         """Put map and score on the batch."""
         return self._predict(batch)
 
-    def test_step(self, batch: Batch, batch_idx: int, *args: Any, **kwargs: Any) -> Batch:  # noqa: ANN401, ARG002
+    def test_step(self, batch: ImageBatch, batch_idx: int) -> ImageBatch:  # type: ignore[override] # noqa: ARG002
         """Put map and score on the batch."""
         return self._predict(batch)
 
-    def _predict(self, batch: Batch) -> Batch:
+    def predict_step(self, batch: ImageBatch, batch_idx: int) -> ImageBatch:  # type: ignore[override] # noqa: ARG002
+        """Put map and score on the batch."""
+        return self._predict(batch)
+
+    def _predict(self, batch: ImageBatch) -> ImageBatch:
         check_depths(batch.image_path)
         predictions: InferenceBatch = self.model(batch.image)
         keep_raw_scores(batch, predictions, largest=self.model.largest_score)
-        return batch.update(**predictions._asdict())
+        batch.update(**predictions._asdict())
+        return batch
 
     def on_validation_start(self) -> None:
         """Refuse to validate before training; within training, validation follows it."""
@@ -205,12 +211,12 @@ class Dskd(AnomalibModule):
         """Refuse to predict before training."""
         self._require_training("predict")
 
-    def to_torch(self, *args: Any, **kwargs: Any) -> Path:  # noqa: ANN401 - passed on as they are
+    def to_torch(self, *args: Any, **kwargs: Any) -> Path:  # noqa: ANN401 - passed on
         """Export as anomalib does, once trained."""
         self._require_training("export")
         return super().to_torch(*args, **kwargs)
 
-    def to_onnx(self, *args: Any, **kwargs: Any) -> Path:  # noqa: ANN401 - passed on as they are
+    def to_onnx(self, *args: Any, **kwargs: Any) -> Path:  # type: ignore[override] # noqa: ANN401 - passed on
         """Export as anomalib does, once trained; OpenVINO goes through here too."""
         self._require_training("export")
         return super().to_onnx(*args, **kwargs)

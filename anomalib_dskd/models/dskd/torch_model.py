@@ -147,8 +147,8 @@ class DskdModel(nn.Module):
         return InferenceBatch(pred_score=anomaly_score(anomaly_map), anomaly_map=anomaly_map)
 
     def _decode(self, encoded: Sequence[Tensor]) -> list[Tensor]:
-        assert self.embedding is not None  # noqa: S101 - narrows the type; the constructor sees to it
-        assert self.decoder_student is not None  # noqa: S101
+        assert self.embedding is not None  # the constructor sees to it
+        assert self.decoder_student is not None
         features = encoded if self.embedding_gradient else [level.detach() for level in encoded]
         if self.embedding_input == "normalized":
             features = [F.normalize(level, dim=1) for level in features]
