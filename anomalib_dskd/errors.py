@@ -7,8 +7,11 @@ class DskdError(Exception):
     """Base of every error that this package raises on purpose."""
 
 
-class ArgumentError(DskdError, ValueError):
-    """An argument has a value that the model or the data module cannot work with."""
+class ArgumentError(DskdError):
+    """An argument has a value that the model or the data module cannot work with.
+
+    No ``ValueError``: anomalib's command line would bury it among the alternatives that its parser tried.
+    """
 
 
 class TeacherWeightsError(DskdError):

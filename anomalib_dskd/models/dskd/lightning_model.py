@@ -28,6 +28,7 @@ from anomalib_dskd.weights import find_teacher_weights
 __all__ = ["Dskd"]
 
 DEFAULT_IMAGE_SIZE = (256, 256)  # section 4.1.2, for MVTec AD and MVTec 3D-AD
+ONNX_OPSET = 18  # torch's exporter writes it; asked for an older one, as anomalib does, it tries to convert and fails
 TRAINING_ONLY = {"teacher_weights", "losses", "learning_rate", "betas", "weight_decay", "seed", "embedding_gradient"}
 """Arguments that a trained model's results do not depend on any more."""
 
@@ -219,6 +220,7 @@ class Dskd(AnomalibModule):
     def to_onnx(self, *args: Any, **kwargs: Any) -> Path:  # type: ignore[override] # noqa: ANN401 - passed on
         """Export as anomalib does, once trained; OpenVINO goes through here too."""
         self._require_training("export")
+        kwargs.setdefault("opset_version", ONNX_OPSET)
         return super().to_onnx(*args, **kwargs)
 
     def _require_training(self, purpose: str) -> None:

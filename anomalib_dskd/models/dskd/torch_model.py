@@ -2,7 +2,7 @@
 
 from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import Any, Literal
+from typing import Any, Literal, get_args
 
 import torch
 from anomalib.data import InferenceBatch
@@ -85,6 +85,7 @@ class DskdModel(nn.Module):
     ) -> None:
         super().__init__()
         _check_combination(map_pair, losses, embedding_gradient=embedding_gradient)
+        _check_embedding(embedding_blocks, embedding_input)
         self.map_pair = map_pair
         self.losses = losses
         self.map_levels = _positions(map_layers, layers)
@@ -177,11 +178,11 @@ class DskdModel(nn.Module):
 
 
 def _check_combination(map_pair: str, losses: str, *, embedding_gradient: bool) -> None:
-    if losses not in LOSSES_FOR_PAIR[map_pair]:
+    if losses not in LOSSES_FOR_PAIR.get(map_pair, ()):
         legal = "; ".join(f"{pair}: {', '.join(names)}" for pair, names in LOSSES_FOR_PAIR.items())
         msg = (
-            f"map_pair {map_pair!r} with losses {losses!r} compares a student that is not distilled from the "
-            f"teacher. Legal losses for each map_pair are {legal}."
+            f"map_pair {map_pair!r} with losses {losses!r} is no known pair, or compares a student that is not "
+            f"distilled from the teacher. Legal losses for each map_pair are {legal}."
         )
         raise ArgumentError(msg)
     if losses == "decoder" and not embedding_gradient:
@@ -189,6 +190,15 @@ def _check_combination(map_pair: str, losses: str, *, embedding_gradient: bool) 
             "losses 'decoder' with embedding_gradient false never trains the encoder student. "
             "Set embedding_gradient to true, or losses to 'both'."
         )
+        raise ArgumentError(msg)
+
+
+def _check_embedding(blocks: int, embedding_input: str) -> None:
+    if blocks < 1:
+        msg = f"embedding_blocks {blocks} must be 1 or larger."
+        raise ArgumentError(msg)
+    if embedding_input not in get_args(Embedding):
+        msg = f"embedding_input {embedding_input!r} must be {' or '.join(map(repr, get_args(Embedding)))}."
         raise ArgumentError(msg)
 
 

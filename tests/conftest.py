@@ -1,0 +1,87 @@
+"""Small real inputs that need no network: a tiny timm teacher, crops of scikit-image's photographs."""
+
+import os
+import warnings
+from pathlib import Path
+
+os.environ["HF_HUB_OFFLINE"] = "1"  # before anything imports huggingface_hub
+
+with warnings.catch_warnings():
+    warnings.simplefilter("ignore")  # anomalib's and timm's own deprecations, at import
+    import anomalib.models  # noqa: F401
+
+import numpy as np
+import pytest
+import skimage.data
+import timm
+import torch
+from PIL import Image
+from safetensors.torch import save_file
+
+from anomalib_dskd import Dskd
+
+torch.set_num_threads(1)  # the networks are tiny: threads would cost more than they bring
+
+TEACHER = "test_resnet.r160_in1k"  # timm's smallest ResNet: 0.5 M parameters
+
+
+def write_weights(path: Path, teacher: str = TEACHER) -> Path:
+    """Random numbers in the shape of pretrained weights: what the teacher knows does not matter to the tests."""
+    with torch.random.fork_rng(devices=[]):
+        torch.manual_seed(1)
+        save_file(timm.create_model(teacher, pretrained=False).state_dict(), path)
+    return path
+
+
+@pytest.fixture(scope="session")
+def teacher_weights(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    return write_weights(tmp_path_factory.mktemp("weights") / f"{TEACHER}.safetensors")
+
+
+@pytest.fixture(scope="session")
+def magnetic_tile_root(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """The published layout in small: 10 good tiles, 2 of each defect, gray JPEGs, masks with values between."""
+    root = tmp_path_factory.mktemp("magnetic_tile")
+    photograph, random = skimage.data.brick(), np.random.default_rng(0)
+    for label, count in {"Free": 10, "Blowhole": 2, "Break": 2, "Crack": 2, "Fray": 2, "Uneven": 2}.items():
+        folder = root / f"MT_{label}" / "Imgs"
+        folder.mkdir(parents=True)
+        for index in range(count):
+            height, width = random.integers(100, 160, size=2)
+            top, left = random.integers(0, 300, size=2)
+            image = photograph[top : top + height, left : left + width].copy()
+            mask = np.zeros_like(image)
+            if label != "Free":
+                image[30:60, 40:80] = 20
+                mask[30:60, 40:80] = 250
+                mask[60:62, 40:80] = 120  # the published masks have such values at their edges
+            Image.fromarray(image).save(folder / f"exp1_num_{index}.jpg")
+            Image.fromarray(mask).save(folder / f"exp1_num_{index}.png")
+    return root
+
+
+@pytest.fixture
+def tiny_model(teacher_weights: Path) -> Dskd:
+    """An untrained model with a tiny teacher, whose weights are loaded."""
+    model = Dskd(teacher=TEACHER, teacher_weights=teacher_weights, image_size=64, sigma=2.0, seed=0)
+    model.load_teacher_weights()
+    return model
+
+
+def from_environment(variable: str) -> Path:
+    """A path that only some machines have, or a skip that says which variable names it."""
+    if variable not in os.environ:
+        pytest.skip(f"needs {variable}, a path to real data")
+    return Path(os.environ[variable])
+
+
+@pytest.fixture(scope="session")
+def magnetic_tiles() -> Path:
+    """The published Magnetic Tile Defects data."""
+    return from_environment("ANOMALIB_DSKD_TEST_MAGNETIC_TILE")
+
+
+@pytest.fixture(scope="session")
+def resnet18_weights() -> Path:
+    """ImageNet weights of ``resnet18.tv_in1k``."""
+    return from_environment("ANOMALIB_DSKD_TEST_RESNET18")

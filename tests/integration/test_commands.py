@@ -1,0 +1,143 @@
+"""anomalib's commands as a user types them, in processes of their own, on small real data."""
+
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+import skimage.data
+from anomalib.cli.cli import AnomalibCLI
+from PIL import Image
+
+from anomalib_dskd import Dskd, TextureDefects
+from tests.conftest import TEACHER
+
+CONFIGS = Path(__file__).parents[2] / "configs"
+QUIET = ["--trainer.enable_progress_bar", "false", "--trainer.accelerator", "cpu"]
+
+
+def anomalib(*arguments: str | Path, folder: Path, fails: bool = False, **variables: str) -> str:
+    """Run the command with no network in ``folder``; return what it prints."""
+    command = [sys.executable, "-m", "anomalib.cli.cli", *map(str, arguments)]
+    script = "from anomalib.cli.cli import main; main()"
+    command[1:3] = ["-c", script]
+    environment = {**os.environ, "HF_HUB_OFFLINE": "1", "OMP_NUM_THREADS": "1", "COLUMNS": "200", **variables}
+    result = subprocess.run(command, cwd=folder, env=environment, capture_output=True, text=True, check=False)
+    output = result.stdout + result.stderr
+    assert (result.returncode != 0) == fails, output
+    return output
+
+
+@pytest.fixture(scope="module")
+def model_arguments(teacher_weights: Path) -> list[str]:
+    arguments = {"teacher": TEACHER, "teacher_weights": teacher_weights, "image_size": 64, "sigma": 2}
+    named = [part for name, value in arguments.items() for part in (f"--model.{name}", str(value))]
+    return ["--model", "anomalib_dskd.Dskd", *named]
+
+
+@pytest.fixture(scope="module")
+def run(model_arguments: list[str], magnetic_tile_root: Path, tmp_path_factory) -> tuple[Path, str]:
+    """The folder in which a model was trained, and what the command printed."""
+    folder = tmp_path_factory.mktemp("run")
+    data = ["--data", "anomalib_dskd.MagneticTile", "--data.root", magnetic_tile_root]
+    output = anomalib("train", *model_arguments, *data, "--trainer.max_epochs", "1", *QUIET, folder=folder)
+    return folder, output
+
+
+@pytest.fixture(scope="module")
+def checkpoint(run: tuple[Path, str]) -> Path:
+    return next(run[0].rglob("model.ckpt"))
+
+
+def test_train_prints_the_figures_and_leaves_pictures(run):
+    folder, output = run
+    assert all(figure in output for figure in ("image_AUROC", "image_F1Score", "pixel_AUROC", "pixel_AUPRO"))
+    pictures = list((folder / "results").rglob("images/**/*.jpg"))
+    assert pictures
+    with Image.open(pictures[0]) as picture:
+        assert picture.width > 3 * picture.height  # image, mask, heatmap, outline side by side
+
+
+def test_predict_needs_neither_weights_file_nor_network(checkpoint, tmp_path):
+    for index in range(3):
+        Image.fromarray(skimage.data.brick()[:200, 100 * index :][:, :150]).save(tmp_path / f"{index}.png")
+    model = ["--model", "anomalib_dskd.Dskd", "--model.teacher", TEACHER, "--model.image_size", "64"]
+    anomalib(
+        "predict", *model, "--model.sigma", "2", "--data", tmp_path, "--ckpt_path", checkpoint, *QUIET, folder=tmp_path
+    )
+    assert len(list((tmp_path / "results").rglob("images/**/*.png"))) == 3
+
+
+def test_export_to_openvino(checkpoint, model_arguments, tmp_path):
+    anomalib("export", *model_arguments, "--export_type", "openvino", "--ckpt_path", checkpoint, folder=tmp_path)
+    assert [path.name for path in tmp_path.rglob("*.xml")] == ["model.xml"]
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize(("export_type", "name"), [("torch", "model.pt"), ("onnx", "model.onnx")])
+def test_export_to_other_types(export_type, name, checkpoint, model_arguments, tmp_path):
+    anomalib("export", *model_arguments, "--export_type", export_type, "--ckpt_path", checkpoint, folder=tmp_path)
+    assert list(tmp_path.rglob(name))
+
+
+def test_anomalibs_own_data_module_trains_too(model_arguments, tmp_path):
+    TextureDefects(tmp_path / "data", train_images=4, test_images=6).prepare_data()
+    data = [
+        "--data",
+        "MVTecAD",
+        "--data.root",
+        tmp_path / "data",
+        "--data.category",
+        "brick",
+        "--data.num_workers",
+        "0",
+    ]
+    output = anomalib("train", *model_arguments, *data, "--trainer.max_epochs", "1", *QUIET, folder=tmp_path)
+    assert "pixel_AUPRO" in output
+
+
+def test_quick_start_runs_offline_with_the_lite_teacher(tmp_path):
+    short = ["--trainer.max_epochs", "1", "--trainer.check_val_every_n_epoch", "1", "--data.train_images", "16"]
+    short += ["--data.test_images", "6"]
+    output = anomalib("train", "--config", CONFIGS / "quickstart.yaml", *short, *QUIET, folder=tmp_path)
+    assert "pixel_AUPRO" in output
+    assert (tmp_path / "datasets" / "TextureDefects" / "brick" / "ground_truth").is_dir()
+    assert list((tmp_path / "results").rglob("images/**/*.png"))
+
+
+@pytest.mark.parametrize(
+    ("config", "size"),
+    [("quickstart", 128), ("magnetic_tile", 128), ("mvtec_ad", 256), ("mvtec_3d_ad", 256)],
+)
+def test_every_config_builds_its_model_and_data(config, size, tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    cli = AnomalibCLI(args=["train", "--config", str(CONFIGS / f"{config}.yaml")], run=False)
+    assert isinstance(cli.model, Dskd)
+    assert tuple(cli.model.input_size) == (size, size)
+    if config != "quickstart":  # the paper's settings, section 4.1.2
+        adam = cli.model.configure_optimizers().param_groups[0]
+        assert (adam["lr"], adam["betas"]) == (1e-3, (0.5, 0.999))
+        assert (cli.datamodule.train_batch_size, cli.config.train.trainer.max_epochs) == (16, 200)
+
+
+@pytest.mark.parametrize(
+    ("extra", "message"),
+    [
+        (["--data.root", "nowhere"], "data root 'nowhere' does not exist"),
+        (["--model.teacher", "resnet19"], "teacher 'resnet19' is not a timm model"),
+        (["--model.teacher_weights", "none.safetensors"], "teacher_weights 'none.safetensors' does not exist"),
+    ],
+)
+def test_bad_input_ends_in_one_clear_error(extra, message, model_arguments, magnetic_tile_root, tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    data = ["--data", "anomalib_dskd.MagneticTile", "--data.root", str(magnetic_tile_root)]
+    with pytest.raises(Exception, match=message) as caught:
+        AnomalibCLI(args=["train", *model_arguments, *data, *extra, "--trainer.max_epochs", "1", *QUIET])
+    assert type(caught.value).__module__ == "anomalib_dskd.errors"
+
+
+def test_predict_before_training_exits_with_an_error(model_arguments, tmp_path):
+    Image.fromarray(skimage.data.brick()).save(tmp_path / "part.png")
+    output = anomalib("predict", *model_arguments, "--data", tmp_path, *QUIET, folder=tmp_path, fails=True)
+    assert "NotTrainedError: cannot predict" in output

@@ -1,0 +1,136 @@
+"""The exported models give what the PyTorch model gives, on crops of real photographs, in 32-bit floats."""
+
+from pathlib import Path
+
+import numpy as np
+import onnxruntime
+import openvino
+import pytest
+import skimage.data
+import torch
+from anomalib.deploy import OpenVINOInferencer, TorchInferencer
+from PIL import Image
+
+from anomalib_dskd import Dskd
+from tests.conftest import TEACHER
+
+TOLERANCE = 1e-4
+F32 = {"INFERENCE_PRECISION_HINT": "f32"}  # OpenVINO would run in bfloat16 where the processor has it
+TEACHERS = [
+    ("resnet18", (1, 2, 3)),
+    ("wide_resnet50_2", (1, 2, 3)),
+    ("tf_efficientnet_lite0", (1, 2, 3)),
+    ("mobilenetv3_small_100", (1, 2, 3)),
+    ("convnext_atto", (0, 1, 2)),
+]
+VARIANTS = [
+    {"image_size": (96, 64)},
+    {"image_size": (75, 100)},
+    {"map_pair": "T-E", "losses": "encoder"},
+    {"map_pair": "E-D"},
+    {"embedding": False, "embedding_input": "normalized", "map_layers": (2,), "sigma": 0.0},
+]
+pytestmark = [
+    # of torch's exporter and its dependencies
+    pytest.mark.filterwarnings("ignore::DeprecationWarning"),
+    pytest.mark.filterwarnings("ignore::FutureWarning"),
+    pytest.mark.filterwarnings("ignore::UserWarning"),
+]
+
+
+def untrained(teacher: str, layers=(1, 2, 3), **arguments) -> Dskd:
+    """A model that passes for trained: what it has learnt does not matter to the export."""
+    model = Dskd(teacher=teacher, layers=layers, seed=0, **{"image_size": 64, "sigma": 2.0, **arguments})
+    model.model.teacher.weights_origin = {"file": "random, for the test"}
+    model.model.is_trained = True
+    post_processor = model.post_processor
+    for name in ("image", "pixel"):
+        getattr(post_processor, f"{name}_min").fill_(0.0)
+        getattr(post_processor, f"{name}_max").fill_(model.model.largest_score)
+        getattr(post_processor, f"_{name}_threshold").fill_(1.0)
+    return model.eval()
+
+
+def photographs(batch: int, height: int = 90, width: int = 120) -> torch.Tensor:
+    random = np.random.default_rng(0)
+    crops = []
+    for _ in range(batch):
+        top, left = random.integers(0, 250, size=2)
+        crops.append(skimage.data.astronaut()[top : top + height, left : left + width])
+    return torch.from_numpy(np.stack(crops)).permute(0, 3, 1, 2).float() / 255  # (B, 3, H, W)
+
+
+def run_openvino(path: Path, images: torch.Tensor) -> dict[str, np.ndarray]:
+    model = openvino.convert_model(path) if path.suffix == ".onnx" else path
+    compiled = openvino.Core().compile_model(model, "CPU", F32)
+    assert compiled.get_property("INFERENCE_PRECISION_HINT") == openvino.Type.f32
+    result = compiled(images.numpy())
+    return {port.get_any_name(): value for port, value in result.items()}
+
+
+def run_onnx(path: Path, images: torch.Tensor) -> dict[str, np.ndarray]:
+    session = onnxruntime.InferenceSession(path, providers=["CPUExecutionProvider"])
+    names = [output.name for output in session.get_outputs()]
+    return dict(zip(names, session.run(names, {"input": images.numpy()}), strict=True))
+
+
+def check_all_agree(model: Dskd, folder: Path, batches: list[torch.Tensor], *, xml: Path | None = None) -> None:
+    """Compare PyTorch with the ONNX model in ONNX Runtime and in OpenVINO, and with the OpenVINO model if given."""
+    onnx = model.to_onnx(folder)
+    for images in batches:
+        with torch.no_grad():
+            expected = model(images)
+        assert torch.isfinite(expected.anomaly_map).all()
+        assert expected.anomaly_map.std() > 10 * TOLERANCE  # else agreement would say little
+        for result in (run_onnx(onnx, images), run_openvino(xml or onnx, images)):
+            np.testing.assert_allclose(result["anomaly_map"], expected.anomaly_map, atol=TOLERANCE)
+            np.testing.assert_allclose(result["pred_score"], expected.pred_score, atol=TOLERANCE)
+
+
+def test_exports_agree_with_pytorch(tmp_path):
+    model = untrained(TEACHER)
+    batches = [photographs(1), photographs(4, 64, 64), photographs(4)]
+    check_all_agree(model, tmp_path, batches, xml=model.to_openvino(tmp_path))
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize(("teacher", "layers"), TEACHERS)
+def test_exports_of_every_teacher_agree_with_pytorch(teacher, layers, tmp_path):
+    check_all_agree(untrained(teacher, layers), tmp_path, [photographs(1), photographs(4)])
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("arguments", VARIANTS, ids=str)
+def test_exports_of_every_variant_agree_with_pytorch(arguments, tmp_path):
+    check_all_agree(untrained(TEACHER, **arguments), tmp_path, [photographs(1), photographs(4)])
+
+
+def test_inferencers_give_the_models_score(tmp_path, monkeypatch):
+    model = untrained(TEACHER)
+    image = photographs(1)
+    path = tmp_path / "part.png"
+    Image.fromarray((image[0].permute(1, 2, 0).numpy() * 255).round().astype(np.uint8)).save(path)
+    with torch.no_grad():
+        expected = model(image)
+    monkeypatch.chdir(tmp_path)  # OpenVINOInferencer leaves a cache there
+    monkeypatch.setenv("TRUST_REMOTE_CODE", "1")
+    inferencers = [
+        OpenVINOInferencer(model.to_openvino(tmp_path), config=F32),
+        TorchInferencer(model.to_torch(tmp_path), device="cpu"),
+    ]
+    for inferencer in inferencers:
+        result = inferencer.predict(path)
+        score, anomaly_map = (torch.as_tensor(value).detach() for value in (result.pred_score, result.anomaly_map))
+        assert score.item() == pytest.approx(expected.pred_score.item(), abs=TOLERANCE)
+        assert torch.allclose(anomaly_map.squeeze(), expected.anomaly_map.squeeze(), atol=TOLERANCE)
+
+
+@pytest.mark.slow
+def test_real_tiles_with_the_real_teacher(tmp_path, magnetic_tiles, resnet18_weights):
+    model = untrained("resnet18.tv_in1k", image_size=128, sigma=4.0)
+    model.teacher_weights = resnet18_weights
+    model.load_teacher_weights()
+    files = sorted(magnetic_tiles.glob("MT_*/Imgs/*.jpg"))[::130]
+    tiles = [torch.from_numpy(np.array(Image.open(file).convert("RGB"))).permute(2, 0, 1)[None] / 255 for file in files]
+    square = [torch.nn.functional.interpolate(tile, (200, 200)) for tile in tiles[:4]]
+    check_all_agree(model, tmp_path, [*tiles, torch.cat(square)])

@@ -1,0 +1,60 @@
+import numpy as np
+import pytest
+import torch
+from scipy.ndimage import gaussian_filter
+
+from anomalib_dskd.models.dskd.anomaly_map import AnomalyMapGenerator, anomaly_score, sum_of_levels
+from anomalib_dskd.models.dskd.loss import discrepancy
+
+
+def pyramid(seed: int) -> list[torch.Tensor]:
+    generator = torch.Generator().manual_seed(seed)
+    return [torch.randn(2, c, s, s, generator=generator) for c, s in ((4, 16), (6, 8))]
+
+
+def test_levels_are_up_sampled_bilinearly_and_added():
+    ramp = torch.tensor([[0.0, 4.0]]).view(1, 1, 1, 2)
+    constant = torch.full((1, 1, 1, 1), 10.0)
+    # bilinear, half-pixel centres: 4 pixels of a 2-pixel ramp are at 0, 1/4, 3/4 and 1 of the way
+    assert sum_of_levels([ramp, constant], (1, 4)).flatten().tolist() == [10.0, 11.0, 13.0, 14.0]
+
+
+def test_score_is_the_largest_value_of_each_map():
+    maps = torch.zeros(2, 1, 3, 3)
+    maps[0, 0, 1, 2], maps[1, 0, 0, 0] = 5, -1
+    assert anomaly_score(maps).tolist() == [[5.0], [0.0]]
+
+
+@pytest.mark.parametrize("sigma", [1.0, 4.0])
+def test_map_is_the_smoothed_sum_of_discrepancies(sigma):
+    first, second = pyramid(0), pyramid(1)
+    summed = sum_of_levels([discrepancy(a, b, l2_weight=0.3) for a, b in zip(first, second, strict=True)], (48, 40))
+    expected = [gaussian_filter(image[0].numpy(), sigma, mode="mirror", truncate=4) for image in summed]
+    ours = AnomalyMapGenerator(l2_weight=0.3, sigma=sigma)(first, second, (48, 40))
+    np.testing.assert_allclose(ours[:, 0].numpy(), np.stack(expected), atol=1e-5)
+
+
+def test_sigma_zero_leaves_the_sum_as_it_is():
+    first, second = pyramid(0), pyramid(1)
+    generator = AnomalyMapGenerator(l2_weight=0.1, sigma=0)
+    summed = sum_of_levels([discrepancy(a, b, l2_weight=0.1) for a, b in zip(first, second, strict=True)], (16, 16))
+    assert torch.equal(generator(first, second, (16, 16)), summed)
+    assert generator.margin == 0
+
+
+def test_bound_is_reached_by_opposite_features():
+    first = pyramid(0)
+    generator = AnomalyMapGenerator(l2_weight=0.1, sigma=2)
+    opposite = generator(first, [-level for level in first], (16, 16))
+    assert opposite.max().item() == pytest.approx(generator.bound(2), rel=1e-5)
+    assert generator.bound(2) == pytest.approx(4.4)
+
+
+def test_mixed_precision_does_not_reach_the_map():
+    first, second = pyramid(0), pyramid(1)
+    generator = AnomalyMapGenerator(sigma=4)
+    plain = generator(first, second, (64, 64))
+    with torch.autocast("cpu", torch.bfloat16):
+        mixed = generator(first, second, (64, 64))
+    assert mixed.dtype == torch.float32
+    assert torch.equal(mixed, plain)

@@ -1,0 +1,238 @@
+import inspect
+import warnings
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+from anomalib.data import ImageBatch
+from anomalib.engine import Engine
+from anomalib.models import get_model, list_models
+from anomalib.pre_processing import PreProcessor
+from PIL import Image
+
+from anomalib_dskd import Dskd, MagneticTile
+from anomalib_dskd.errors import ArgumentError, DataError, NotTrainedError, TeacherWeightsError
+from tests.conftest import TEACHER
+
+
+def defaults(function) -> dict:
+    return {name: parameter.default for name, parameter in inspect.signature(function).parameters.items()}
+
+
+def engine(folder: Path, **arguments) -> Engine:
+    quiet = {"logger": False, "enable_progress_bar": False, "enable_model_summary": False, "barebones": False}
+    return Engine(default_root_dir=folder, accelerator="cpu", devices=1, **quiet, **arguments)
+
+
+@pytest.fixture(scope="module")
+def trained(magnetic_tile_root: Path, teacher_weights: Path, tmp_path_factory) -> tuple[Dskd, Path]:
+    """A model trained for an epoch, and its checkpoint."""
+    folder = tmp_path_factory.mktemp("trained")
+    # one copy, so that the checkpoint can be loaded where the weights file is gone
+    weights = folder / "weights.safetensors"
+    weights.write_bytes(teacher_weights.read_bytes())
+    model = Dskd(teacher=TEACHER, teacher_weights=weights, image_size=64, sigma=2.0, seed=0, visualizer=False)
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")
+        engine(folder, max_epochs=1).fit(model, datamodule=MagneticTile(magnetic_tile_root, train_batch_size=4))
+    weights.unlink()
+    return model, next(folder.rglob("model.ckpt"))
+
+
+def test_every_value_of_the_paper_is_the_default():
+    model, data = defaults(Dskd.__init__), defaults(MagneticTile.__init__)
+    assert model["teacher"] == "resnet18.tv_in1k"  # section 4.1.2: ResNet18, ImageNet-1K
+    assert model["layers"] == (1, 2, 3)  # section 3.1: conv2_x, conv3_x, conv4_x
+    assert model["l2_weight"] == 0.1  # section 4.1.2
+    assert model["sigma"] == 4.0  # Eq. (9)
+    assert (model["learning_rate"], model["betas"]) == (1e-3, (0.5, 0.999))  # section 4.1.2
+    assert (model["map_pair"], model["losses"], model["embedding"]) == ("T-D", "both", True)  # Tables 7 and 8
+    assert model["map_layers"] is None  # Table 9: all
+    assert model["embedding_blocks"] == 2  # Table 6, by the parameter count
+    assert tuple(Dskd().input_size) == (256, 256)  # section 4.1.2
+    assert data["train_batch_size"] == 16  # our choice
+
+
+def test_every_documented_argument_exists():
+    documented = set(defaults(Dskd.__init__)) - {"self"}
+    assert all(f"        {name}: " in inspect.getdoc(Dskd).replace("    ", "        ") for name in documented)
+
+
+def test_anomalib_finds_the_model_by_name():
+    assert "dskd" in list_models()
+    assert isinstance(get_model("dskd"), Dskd)
+
+
+def test_optimiser_is_the_papers_and_leaves_the_teacher_out(tiny_model):
+    optimiser = tiny_model.configure_optimizers()
+    assert isinstance(optimiser, torch.optim.Adam)
+    (group,) = optimiser.param_groups
+    assert (group["lr"], group["betas"], group["weight_decay"]) == (1e-3, (0.5, 0.999), 0.0)
+    optimised = {id(parameter) for parameter in group["params"]}
+    students = [
+        *tiny_model.model.encoder_student.parameters(),
+        *tiny_model.model.embedding.parameters(),
+        *tiny_model.model.decoder_student.parameters(),
+    ]
+    assert optimised == {id(parameter) for parameter in students}
+
+
+def test_training_changes_the_students_and_not_the_teacher(trained, teacher_weights):
+    model, _ = trained
+    fresh = Dskd(teacher=TEACHER, teacher_weights=teacher_weights, image_size=64, sigma=2.0, seed=0)
+    fresh.load_teacher_weights()
+    before, after = fresh.model.state_dict(), model.model.state_dict()
+    tensors = [name for name in before if "_extra_state" not in name and "kernel" not in name]
+    changed = {name.split(".")[0] for name in tensors if not torch.equal(before[name], after[name])}
+    assert changed == {"encoder_student", "embedding", "decoder_student"}
+    assert not model.model.teacher.training
+
+
+def test_seed_fixes_the_students_initial_weights():
+    first, same, other = (Dskd(teacher=TEACHER, seed=seed).model.state_dict() for seed in (3, 3, 4))
+    name = "decoder_student.stages.0.0.main.0.weight"
+    assert torch.equal(first[name], same[name])
+    assert not torch.equal(first[name], other[name])
+
+
+def test_seed_does_not_disturb_the_callers_generator():
+    torch.manual_seed(0)
+    expected = torch.rand(1)
+    torch.manual_seed(0)
+    Dskd(teacher=TEACHER, seed=3)
+    assert torch.equal(torch.rand(1), expected)
+
+
+def test_two_trainings_with_one_seed_give_the_same_weights(magnetic_tile_root, teacher_weights, tmp_path):
+    states = []
+    for run in ("a", "b"):
+        torch.manual_seed(hash(run) % 1000)  # what happened before does not matter
+        model = Dskd(teacher=TEACHER, teacher_weights=teacher_weights, image_size=64, seed=7, sigma=2.0)
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore")
+            data = MagneticTile(magnetic_tile_root, train_batch_size=4)
+            engine(tmp_path / run, max_epochs=2, limit_val_batches=0).fit(model, datamodule=data)
+        states.append(model.model.state_dict())
+    for name, value in states[0].items():
+        same = torch.equal(value, states[1][name]) if isinstance(value, torch.Tensor) else value == states[1][name]
+        assert same, name
+
+
+def test_checkpoint_brings_the_teacher_and_the_result(trained):
+    model, checkpoint = trained
+    loaded = Dskd.load_from_checkpoint(checkpoint).eval()
+    image = torch.rand(2, 3, 80, 100)
+    with torch.no_grad():
+        expected, result = model.eval()(image), loaded(image)
+    assert torch.allclose(result.anomaly_map, expected.anomaly_map, atol=1e-4)  # another memory format
+    assert loaded.model.teacher.weights_origin["file"] == "weights.safetensors"
+    assert tuple(loaded.input_size) == (64, 64)
+    assert not any(parameter.requires_grad for parameter in loaded.model.teacher.parameters())
+    assert loaded.pre_processor.transform.transforms[0].antialias is False
+
+
+def test_checkpoint_resumes_test_and_predict_without_weights_file(trained, magnetic_tile_root, tmp_path):
+    _, checkpoint = trained
+    data = MagneticTile(magnetic_tile_root, train_batch_size=4)
+    arguments = {"teacher": TEACHER, "image_size": 64, "sigma": 2.0, "teacher_weights": "gone.safetensors"}
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")
+        model = Dskd(**arguments, visualizer=False)
+        (figures,) = engine(tmp_path / "test").test(model, datamodule=data, ckpt_path=checkpoint)
+        model = Dskd(**arguments, visualizer=False)
+        predictions = engine(tmp_path / "predict").predict(model, datamodule=data, ckpt_path=checkpoint)
+        resumed = Dskd(**arguments, visualizer=False)
+        engine(tmp_path / "resume", max_epochs=2).fit(resumed, datamodule=data, ckpt_path=checkpoint)
+    assert set(figures) == {"image_AUROC", "image_F1Score", "pixel_AUROC", "pixel_F1Score", "pixel_AUPRO"}
+    assert sum(len(batch.pred_score) for batch in predictions) == 12
+    assert resumed.current_epoch == 2
+    assert not resumed.model.teacher.training
+
+
+def test_checkpoint_of_other_arguments_is_refused(trained, magnetic_tile_root, tmp_path):
+    _, checkpoint = trained
+    model = Dskd(teacher=TEACHER, image_size=64, sigma=3.0, map_layers=[1])
+    with pytest.raises(
+        ArgumentError, match=r"other arguments: map_layers: None there, \[1\] here; sigma: 2.0 there, 3.0"
+    ):
+        engine(tmp_path).test(model, datamodule=MagneticTile(magnetic_tile_root), ckpt_path=checkpoint)
+
+
+def test_arguments_given_to_load_from_checkpoint_win(trained):
+    _, checkpoint = trained
+    assert Dskd.load_from_checkpoint(checkpoint, map_layers=[2]).model.map_levels == (1,)
+
+
+@pytest.mark.parametrize("purpose", ["test", "predict", "validate"])
+def test_no_result_before_training(purpose, tiny_model, magnetic_tile_root, tmp_path):
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")
+        with pytest.raises(NotTrainedError, match=f"cannot {purpose}: .* --ckpt_path"):
+            getattr(engine(tmp_path), purpose)(tiny_model, datamodule=MagneticTile(magnetic_tile_root))
+
+
+@pytest.mark.parametrize("export_type", ["torch", "onnx", "openvino"])
+def test_no_export_before_training(export_type, tiny_model, tmp_path):
+    with pytest.raises(NotTrainedError, match=r"cannot export: .* --ckpt_path"):
+        engine(tmp_path).export(tiny_model, export_type)
+
+
+def test_training_without_weights_lists_where_they_were_sought(magnetic_tile_root, tmp_path, monkeypatch):
+    monkeypatch.delenv("ANOMALIB_DSKD_WEIGHTS", raising=False)
+    model = Dskd(teacher=TEACHER, image_size=64, sigma=2.0)
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")
+        with pytest.raises(
+            TeacherWeightsError, match=r"(?s)Tried:.*ANOMALIB_DSKD_WEIGHTS: not set.*HF_HUB_OFFLINE is set"
+        ):
+            engine(tmp_path, max_epochs=1).fit(model, datamodule=MagneticTile(magnetic_tile_root))
+
+
+def test_sixteen_bit_images_are_refused_in_training(tiny_model, tmp_path):
+    path = tmp_path / "deep.png"
+    Image.fromarray(np.full((64, 64), 40_000, dtype=np.uint16)).save(path)
+    batch = ImageBatch(image=torch.rand(1, 3, 64, 64), image_path=[str(path)])
+    with pytest.raises(DataError, match="deep.png' has more than 8 bits"):
+        tiny_model.training_step(batch, 0)
+    with pytest.raises(DataError, match="deep.png' has more than 8 bits"):
+        tiny_model.predict_step(batch, 0)
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        ({"teacher": "resnet_18"}, "teacher 'resnet_18' is not a timm model. Did you mean .*'resnet18'"),
+        ({"teacher": "resnet18.in99k"}, "no pretrained tag 'in99k'.*tv_in1k"),
+        ({"layers": [3, 4, 5]}, r"layers \[3, 4, 5\] do not fit teacher .* indices from 0 to 4"),
+        ({"l2_weight": -0.1}, "l2_weight -0.1 must be a finite number, 0 or larger"),
+        ({"l2_weight": float("nan")}, "l2_weight nan"),
+        ({"sigma": float("inf")}, "sigma inf must be a finite number"),
+        ({"sigma": -1.0}, "sigma -1.0"),
+        ({"weight_decay": -1.0}, "weight_decay -1.0"),
+        ({"learning_rate": 0.0}, "learning_rate 0.0 must be a finite number larger than 0"),
+        ({"betas": (0.5, 1.0)}, r"betas \(0.5, 1.0\) must be two numbers"),
+        ({"image_size": 32}, r"image_size \(32, 32\) is too small: .* at least 64 pixels a side"),
+        ({"image_size": (64, 0)}, r"image_size \(64, 0\) must be one number of pixels, or height and width"),
+        ({"image_size": 64, "pre_processor": False}, "image_size and pre_processor exclude each other"),
+        ({"map_pair": "T-E", "losses": "decoder"}, "Legal losses for each map_pair"),
+    ],
+)
+def test_illegal_arguments_say_what_is_legal(arguments, message):
+    with pytest.raises(ArgumentError, match=message):
+        Dskd(**{"teacher": TEACHER, **arguments})
+
+
+def test_pre_processing_is_the_teachers_and_of_the_given_size():
+    lite = Dskd(teacher="tf_efficientnet_lite0", image_size=(64, 96))
+    resize, normalize = lite.pre_processor.transform.transforms
+    assert list(resize.size) == [64, 96]
+    assert (list(normalize.mean), list(normalize.std)) == ([0.5] * 3, [0.5] * 3)
+    paper = Dskd.configure_pre_processor().transform.transforms[1]
+    assert list(paper.mean) == [0.485, 0.456, 0.406]
+
+
+def test_a_pre_processor_of_ones_own_is_taken():
+    own = PreProcessor()
+    assert Dskd(teacher=TEACHER, pre_processor=own).pre_processor is own
+    assert Dskd(teacher=TEACHER, pre_processor=False).pre_processor is None

@@ -1,0 +1,117 @@
+import numpy as np
+import pytest
+import torch
+from anomalib.data import ImageBatch, InferenceBatch
+from anomalib.metrics import AUROC
+from anomalib.post_processing import PostProcessor
+from scipy.ndimage import label as connected_regions
+from sklearn.metrics import roc_auc_score
+
+from anomalib_dskd.evaluation import RawScoreEvaluator, keep_raw_scores
+
+LARGEST = 6.6
+
+
+def plain_aupro(maps: np.ndarray, masks: np.ndarray, limit: float = 0.3) -> float:
+    """Area under mean region overlap over false positive rate, threshold by threshold, up to ``limit``."""
+    regions = []
+    for index, mask in enumerate(masks):
+        labels, count = connected_regions(mask, structure=np.ones((3, 3)))
+        regions += [(index, labels == number + 1) for number in range(count)]
+    rates, overlaps = [0.0], [0.0]
+    for threshold in np.unique(maps)[::-1]:
+        hit = maps >= threshold
+        rates.append(hit[masks == 0].mean())
+        overlaps.append(np.mean([hit[index][region].mean() for index, region in regions]))
+    at_limit = np.interp(limit, rates, overlaps)
+    kept = [(r, o) for r, o in zip(rates, overlaps, strict=True) if r < limit] + [(limit, at_limit)]
+    return float(np.trapezoid([o for _, o in kept], [r for r, _ in kept]) / limit)
+
+
+@pytest.fixture
+def batches() -> list[ImageBatch]:
+    """Maps and scores from 0 to 6.6, some above and some below 1, in batches that differ in that."""
+    random = np.random.default_rng(0)
+    made = []
+    for index in range(4):
+        mask = np.zeros((3, 24, 24), dtype=bool)
+        mask[0, 2:8, 3:9] = mask[0, 15:20, 10:22] = mask[1, 5:7, 5:7] = True
+        maps = random.uniform(0, 0.9 if index % 2 else LARGEST, size=mask.shape) * (0.5 + 0.5 * mask)
+        made.append(
+            ImageBatch(
+                image=torch.zeros(3, 3, 24, 24),
+                gt_mask=torch.from_numpy(mask),
+                gt_label=torch.tensor([1, 1, 0]),
+                pred_score=torch.from_numpy(maps.max(axis=(1, 2))).float(),
+                anomaly_map=torch.from_numpy(maps).float(),
+            )
+        )
+    return made
+
+
+def evaluate(
+    evaluator: RawScoreEvaluator, batches: list[ImageBatch], post_processor: PostProcessor
+) -> dict[str, float]:
+    for batch in batches:
+        predictions = InferenceBatch(pred_score=batch.pred_score, anomaly_map=batch.anomaly_map)
+        keep_raw_scores(batch, predictions, largest=LARGEST)
+        post_processor.post_process_batch(batch)
+        evaluator.on_test_batch_end(None, None, None, batch, 0)
+    return {metric.name: metric.compute() for metric in evaluator.test_metrics}
+
+
+def narrow_post_processor() -> PostProcessor:
+    """Normalisation learnt on scores from 0 to 1: everything above is clamped to 1."""
+    post_processor = PostProcessor()
+    for name in ("image", "pixel"):
+        getattr(post_processor, f"{name}_min").fill_(0.0)
+        getattr(post_processor, f"{name}_max").fill_(1.0)
+        getattr(post_processor, f"_{name}_threshold").fill_(0.5)
+    return post_processor
+
+
+def test_figures_equal_scikit_learns_and_a_plain_aupros_on_raw_scores(batches):
+    scores = np.concatenate([batch.pred_score.numpy() for batch in batches])
+    labels = np.concatenate([batch.gt_label.numpy() for batch in batches])
+    maps = np.concatenate([batch.anomaly_map.numpy() for batch in batches])
+    masks = np.concatenate([batch.gt_mask.numpy() for batch in batches])
+    figures = evaluate(RawScoreEvaluator(), batches, narrow_post_processor())
+    assert figures["image_AUROC"] == pytest.approx(roc_auc_score(labels, scores), abs=1e-4)
+    assert figures["pixel_AUROC"] == pytest.approx(roc_auc_score(masks.ravel(), maps.ravel()), abs=1e-4)
+    assert figures["pixel_AUPRO"] == pytest.approx(plain_aupro(maps, masks), abs=1e-4)
+
+
+def test_f1_is_that_of_the_thresholds(batches):
+    scores = torch.cat([batch.pred_score for batch in batches])
+    truth = torch.cat([batch.gt_label for batch in batches]).bool()
+    predicted = scores > 0.5
+    expected = 2 * (predicted & truth).sum() / (predicted.sum() + truth.sum())
+    figures = evaluate(RawScoreEvaluator(), batches, narrow_post_processor())
+    assert figures["image_F1Score"] == pytest.approx(expected.item(), abs=1e-6)
+
+
+def test_anomalibs_own_figure_still_suffers_from_clamping(batches):
+    """Where this fails, anomalib measures unclamped scores, and `keep_raw_scores` can go."""
+    scores = np.concatenate([batch.pred_score.numpy() for batch in batches])
+    labels = np.concatenate([batch.gt_label.numpy() for batch in batches])
+    clamped, post_processor = AUROC(fields=["pred_score", "gt_label"]), narrow_post_processor()
+    for batch in batches:
+        post_processor.post_process_batch(batch)
+        clamped.update(batch)
+    assert abs(clamped.compute().item() - roc_auc_score(labels, scores)) > 0.01
+
+
+@pytest.mark.filterwarnings("ignore:The ``compute`` method of metric")
+def test_pixel_figures_are_left_out_without_masks(batches):
+    for batch in batches:
+        batch.gt_mask = None
+    figures = evaluate(RawScoreEvaluator(), batches, narrow_post_processor())
+    assert figures["pixel_AUROC"] is None
+    assert figures["pixel_AUPRO"] is None
+    assert figures["image_AUROC"] is not None
+
+
+def test_validation_figures_are_computed_on_request():
+    assert len(RawScoreEvaluator().val_metrics) == 0
+    names = [metric.name for metric in RawScoreEvaluator(validation=True).val_metrics]
+    assert names == ["image_AUROC", "pixel_AUROC", "pixel_AUPRO"]
