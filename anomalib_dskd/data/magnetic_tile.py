@@ -18,6 +18,7 @@ from PIL import Image
 from torchvision.transforms.v2 import Transform
 from torchvision.tv_tensors import Mask
 
+from anomalib_dskd.data.arguments import check_seed, check_val_split_mode
 from anomalib_dskd.data.image_files import READABLE_ERRORS, read_named_image
 from anomalib_dskd.errors import ArgumentError, DataError
 
@@ -105,7 +106,7 @@ class MagneticTile(AnomalibDataModule):
         seed: of the split.
 
     Raises:
-        ArgumentError: ``test_ratio`` is not between 0 and 1.
+        ArgumentError: ``test_ratio`` is not between 0 and 1, or another argument has no legal value.
     """
 
     def __init__(
@@ -126,6 +127,8 @@ class MagneticTile(AnomalibDataModule):
         if not 0 < test_ratio < 1:
             msg = f"test_ratio {test_ratio!r} must be between 0 and 1: the share of good tiles kept for the test."
             raise ArgumentError(msg)
+        check_seed(seed)
+        check_val_split_mode(val_split_mode)
         super().__init__(
             train_batch_size=train_batch_size,
             eval_batch_size=eval_batch_size,
@@ -185,7 +188,8 @@ _EXPECTED = (
 
 def _check_layout(root: Path) -> None:
     if not root.is_dir():
-        msg = f"data root {str(root)!r} does not exist. Give the folder of the data with --data.root. {_EXPECTED}"
+        state = "is no folder" if root.exists() else "does not exist"
+        msg = f"data root {str(root)!r} {state}. Give the folder of the data with --data.root. {_EXPECTED}"
         raise DataError(msg)
     missing = [f"MT_{label}/Imgs" for label in (NORMAL, *DEFECTS) if not (root / f"MT_{label}" / "Imgs").is_dir()]
     if missing:

@@ -5,6 +5,7 @@ damage is painted, so it is easier to find than real defects: use it to try the 
 """
 
 import json
+import os
 import tempfile
 from collections.abc import Callable
 from pathlib import Path
@@ -20,6 +21,7 @@ from skimage.draw import disk, line
 from skimage.morphology import dilation
 from torchvision.transforms.v2 import Transform
 
+from anomalib_dskd.data.arguments import check_seed, check_val_split_mode
 from anomalib_dskd.errors import ArgumentError, DataError
 
 __all__ = ["CATEGORIES", "DEFECTS", "TextureDefects"]
@@ -57,7 +59,7 @@ class TextureDefects(MVTecAD):
         seed: of the crops and the damage.
 
     Raises:
-        ArgumentError: unknown category, or too few images.
+        ArgumentError: unknown category, too few images, or another argument has no legal value.
     """
 
     def __init__(
@@ -86,6 +88,8 @@ class TextureDefects(MVTecAD):
                 "needed, so that every kind of defect is in the test."
             )
             raise ArgumentError(msg)
+        check_seed(seed)
+        check_val_split_mode(val_split_mode)
         super().__init__(
             root=root,
             category=category,
@@ -109,10 +113,10 @@ class TextureDefects(MVTecAD):
             DataError: the folder holds something else, or cannot be written.
         """
         folder = self.root / self.category
-        if folder.exists():
-            self._check_written(folder)
-            return
         try:
+            if folder.exists():
+                self._check_written(folder)
+                return
             self.root.mkdir(parents=True, exist_ok=True)
             # written aside and renamed, so that an interrupted run leaves no half data set behind
             with tempfile.TemporaryDirectory(dir=self.root, prefix=f".{self.category}-") as scratch:
@@ -120,12 +124,18 @@ class TextureDefects(MVTecAD):
                 _write_category(made, self.category, **self.parameters)
                 made.rename(folder)
         except OSError as error:
+            if os.path.isdir(folder):  # another process was faster
+                self._check_written(folder)
+                return
             msg = f"data root {str(self.root)!r} cannot be written: {error}. Give a writable folder as --data.root."
             raise DataError(msg) from error
 
     def _check_written(self, folder: Path) -> None:
         file = folder / PARAMETERS_FILE
-        written = json.loads(file.read_text()) if file.is_file() else None
+        try:
+            written = json.loads(file.read_text())
+        except (OSError, ValueError):
+            written = None
         if written != self.parameters:
             msg = (
                 f"folder {str(folder)!r} holds {'other data' if written is None else f'crops made with {written}'}, "
@@ -174,7 +184,7 @@ def _damage(crop: Gray, foreign: Gray, defect: str, random: np.random.Generator)
 
 
 def _blob(random: np.random.Generator) -> Region:
-    """An uneven disk, 5 to 10 % of the crop's side in radius, well inside the crop."""
+    """An uneven disk, about 7 to 13 % of the crop's side in radius, well inside the crop."""
     radius = random.uniform(0.07, 0.13) * CROP
     centre = random.uniform(2 * radius, CROP - 2 * radius, size=2)
     field = np.zeros((CROP, CROP))

@@ -31,8 +31,8 @@ def discrepancy(first: Tensor, second: Tensor, *, l2_weight: float) -> Tensor:
 
     Example:
         >>> a, b = torch.tensor([3.0, 4.0]), torch.tensor([4.0, 3.0])  # cosine 24/25
-        >>> discrepancy(a.view(1, 2, 1, 1), b.view(1, 2, 1, 1), l2_weight=0.25).item()  # 1.25 * 1/25
-        0.05...
+        >>> round(discrepancy(a.view(1, 2, 1, 1), b.view(1, 2, 1, 1), l2_weight=0.25).item(), 6)  # 1.25 * 1/25
+        0.05
     """
     cosine = (F.normalize(first.float(), dim=1) * F.normalize(second.float(), dim=1)).sum(dim=1, keepdim=True)
     return (1 + l2_weight) * (1 - cosine)

@@ -1,0 +1,30 @@
+"""Checks of arguments that our data modules share."""
+
+from anomalib.data.utils import ValSplitMode
+
+from anomalib_dskd.errors import ArgumentError
+
+__all__ = ["check_seed", "check_val_split_mode"]
+
+
+def check_seed(seed: int) -> None:
+    """Raise unless ``seed`` can seed a split.
+
+    Raises:
+        ArgumentError: negative, or no whole number.
+    """
+    if not isinstance(seed, int) or seed < 0:
+        msg = f"seed {seed!r} must be a whole number, 0 or larger."
+        raise ArgumentError(msg)
+
+
+def check_val_split_mode(mode: ValSplitMode | str) -> None:
+    """Refuse to be without validation data: anomalib's trainer asks for them, and thresholds come from them.
+
+    Raises:
+        ArgumentError: unknown mode, or ``none``.
+    """
+    legal = [known.value for known in ValSplitMode if known not in {ValSplitMode.NONE, ValSplitMode.FROM_DIR}]
+    if mode not in legal:
+        msg = f"val_split_mode {str(mode)!r} gives no validation images, which thresholds need. Legal are {legal}."
+        raise ArgumentError(msg)

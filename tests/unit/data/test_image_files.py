@@ -1,0 +1,151 @@
+import re
+
+import numpy as np
+import pytest
+import torch
+from anomalib.data.utils import read_image
+from PIL import Image
+
+from anomalib_dskd.data.image_files import check_depth, check_depths, read_named_image
+from anomalib_dskd.errors import DataError
+
+RGB = np.random.default_rng(0).integers(0, 256, size=(16, 20, 3), dtype=np.uint8)
+DEEP = np.linspace(300, 60_000, 16 * 20).reshape(16, 20)
+
+
+def write_deep(path, dtype):
+    Image.fromarray(DEEP.astype(dtype)).save(path)
+    return path
+
+
+def pil_values(path):
+    """Read an image as PIL does, as (3, H, W) floats from 0 to 1."""
+    with Image.open(path) as image:
+        pixels = np.asarray(image.convert("RGB"))
+    return torch.from_numpy(pixels.astype(np.float32) / 255).permute(2, 0, 1)
+
+
+deep_files = pytest.mark.parametrize(
+    ("name", "dtype"),
+    [
+        ("gray16.png", np.uint16),
+        ("gray16.tif", np.uint16),
+        ("gray32.tif", np.int32),
+        ("float.tif", np.float32),
+    ],
+)
+
+
+@deep_files
+def test_more_than_8_bits_are_refused_with_the_files_name(tmp_path, name, dtype):
+    path = write_deep(tmp_path / name, dtype)
+    message = f"image {re.escape(repr(str(path)))} has more than 8 bits a channel .* Convert the data set to 8 bits"
+    with pytest.raises(DataError, match=message):
+        check_depth(path)
+    with pytest.raises(DataError, match=message):
+        read_named_image(path)
+
+
+def test_a_refused_file_is_refused_every_time(tmp_path):
+    path = write_deep(tmp_path / "gray16.png", np.uint16)
+    for _ in range(2):
+        with pytest.raises(DataError, match="more than 8 bits"):
+            check_depth(path)
+
+
+def test_one_deep_file_in_a_batch_is_refused(tmp_path):
+    Image.fromarray(RGB).save(tmp_path / "shallow.png")
+    deep = write_deep(tmp_path / "deep.png", np.uint16)
+    with pytest.raises(DataError, match=r"deep\.png' has more than 8 bits"):
+        check_depths([str(tmp_path / "shallow.png"), str(deep)])
+
+
+@pytest.mark.parametrize("paths", [None, []])
+def test_a_batch_without_file_names_is_accepted(paths):
+    assert check_depths(paths) is None
+
+
+def test_the_depth_of_an_unreadable_file_is_left_to_its_reader(tmp_path):
+    (tmp_path / "text.png").write_text("no image")
+    assert check_depth(tmp_path / "text.png") is None
+    assert check_depth(tmp_path / "missing.png") is None
+
+
+# When this fails, anomalib reads 16-bit images properly, and `check_depth` is no longer needed.
+def test_anomalib_still_reads_16_bits_as_all_white(tmp_path):
+    path = write_deep(tmp_path / "gray16.png", np.uint16)
+    assert DEEP.min() < DEEP.max()
+    assert torch.equal(torch.as_tensor(read_image(path, as_tensor=True)), torch.ones(3, 16, 20))
+
+
+@pytest.mark.parametrize(
+    ("name", "mode"),
+    [
+        ("gray.png", "L"),
+        ("rgb.png", "RGB"),
+        ("palette.png", "P"),
+        ("rgba.png", "RGBA"),
+        ("gray.jpg", "L"),
+        ("rgb.jpg", "RGB"),
+        ("cmyk.jpg", "CMYK"),
+    ],
+)
+def test_8_bit_images_are_read_as_pil_reads_them(tmp_path, name, mode):
+    path = tmp_path / name
+    Image.fromarray(RGB).convert(mode).save(path)
+    with Image.open(path) as written:
+        assert written.mode == mode
+    image = read_named_image(path)
+    assert image.dtype == torch.float32
+    assert image.shape == (3, 16, 20)
+    torch.testing.assert_close(torch.as_tensor(image), pil_values(path), rtol=0, atol=1e-6, check_dtype=False)
+    assert image.max() > image.min()
+
+
+def test_gray_values_fill_three_channels(tmp_path):
+    Image.fromarray(RGB[..., 0]).save(tmp_path / "gray.png")
+    expected = torch.from_numpy(RGB[..., 0] / np.float32(255)).expand(3, 16, 20)
+    torch.testing.assert_close(torch.as_tensor(read_named_image(tmp_path / "gray.png")), expected, rtol=0, atol=1e-6)
+
+
+def test_transparency_is_dropped(tmp_path):
+    rgba = np.dstack([RGB, np.zeros((16, 20), dtype=np.uint8)])
+    Image.fromarray(rgba).save(tmp_path / "rgba.png")
+    expected = torch.from_numpy(RGB / np.float32(255)).permute(2, 0, 1)
+    torch.testing.assert_close(torch.as_tensor(read_named_image(tmp_path / "rgba.png")), expected, rtol=0, atol=1e-6)
+
+
+def test_a_path_may_be_a_string(tmp_path):
+    Image.fromarray(RGB).save(tmp_path / "rgb.png")
+    assert torch.equal(read_named_image(str(tmp_path / "rgb.png")), read_named_image(tmp_path / "rgb.png"))
+
+
+def cannot_be_read(path):
+    return f"image {re.escape(repr(str(path)))} cannot be read: .+ Replace the file, or remove it from the data set"
+
+
+@pytest.mark.filterwarnings("ignore:unclosed file:ResourceWarning")  # by anomalib's read_image
+@pytest.mark.parametrize("share", [0.1, 0.5, 0.9])
+@pytest.mark.parametrize("name", ["image.jpg", "image.png"])
+def test_a_truncated_image_is_named(tmp_path, name, share):
+    path = tmp_path / name
+    Image.fromarray(RGB).save(path)
+    content = path.read_bytes()
+    path.write_bytes(content[: int(len(content) * share)])
+    with pytest.raises(DataError, match=cannot_be_read(path)):
+        read_named_image(path)
+
+
+@pytest.mark.parametrize("content", [b"", b"This is no image."])
+def test_a_file_that_is_no_image_is_named(tmp_path, content):
+    path = tmp_path / "text.jpg"
+    path.write_bytes(content)
+    with pytest.raises(DataError, match=cannot_be_read(path)):
+        read_named_image(path)
+
+
+def test_a_missing_image_is_named(tmp_path):
+    path = tmp_path / "missing.png"
+    with pytest.raises(DataError, match=cannot_be_read(path)) as caught:
+        read_named_image(path)
+    assert isinstance(caught.value.__cause__, FileNotFoundError)

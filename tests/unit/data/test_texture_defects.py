@@ -1,0 +1,318 @@
+import json
+import re
+from pathlib import Path
+
+import numpy as np
+import pytest
+import skimage.data
+from PIL import Image
+
+from anomalib_dskd.data import TextureDefects, texture_defects
+from anomalib_dskd.data.texture_defects import CATEGORIES, DEFECTS
+from anomalib_dskd.errors import ArgumentError, DataError
+
+SIDE = 128
+PROBE = 32  # pixels of a crop's first row that find it in the photograph
+
+
+def small(root, **arguments):
+    return TextureDefects(root=root, **({"train_images": 6, "test_images": 12} | arguments))
+
+
+def written(root, **arguments):
+    data = small(root, **arguments)
+    data.prepare_data()
+    return Path(root) / data.category
+
+
+@pytest.fixture(scope="module", params=CATEGORIES)
+def folder(request, tmp_path_factory):
+    return written(tmp_path_factory.mktemp("textures"), category=request.param)
+
+
+def contents(folder):
+    return {str(path.relative_to(folder)): path.read_bytes() for path in folder.rglob("*") if path.is_file()}
+
+
+def read(path):
+    with Image.open(path) as image:
+        assert image.mode == "L"
+        return np.asarray(image)
+
+
+def photograph(folder):
+    return getattr(skimage.data, folder.name)()
+
+
+def places(crop, photo):
+    """Find where the photograph shows a crop whose first row is undamaged: the pixels there and their left edge."""
+    starts = np.lib.stride_tricks.sliding_window_view(photo[: -SIDE + 1, : PROBE - SIDE], PROBE, axis=1)
+    for top, left in np.argwhere((starts == crop[0, :PROBE]).all(axis=-1)):
+        window = photo[top : top + SIDE, left : left + SIDE]
+        if window.shape == crop.shape and (window[0] == crop[0]).all():
+            yield window, left
+
+
+def left_edges(paths, photo):
+    found = [[left for window, left in places(read(path), photo) if (window == read(path)).all()] for path in paths]
+    assert all(len(lefts) == 1 for lefts in found)
+    return [lefts[0] for lefts in found]
+
+
+def damaged_crops(folder):
+    """Give each damaged crop with its mask, the photograph's pixels at its place, and their left edge."""
+    photo = photograph(folder)
+    for path in sorted(folder.glob("ground_truth/*/*_mask.png")):
+        kind, mask = path.parent.name, read(path)
+        damaged = read(folder / "test" / kind / path.name.replace("_mask", ""))
+        assert not mask[0].any()  # so the first row tells the place
+        found = [(window, left) for window, left in places(damaged, photo) if (window == damaged)[mask == 0].all()]
+        assert len(found) == 1, f"{path} fits {len(found)} places"
+        yield kind, damaged, mask, *found[0]
+
+
+# --- what is written --------------------------------------------------------------------------------------------
+
+
+def test_layout_is_that_of_mvtec(folder):
+    files = sorted(name for name in contents(folder) if name.endswith(".png"))
+    kinds = ["stain", "scratch", "foreign"] * 2
+    assert files == sorted(
+        [f"train/good/{index:03d}.png" for index in range(6)]
+        + [f"test/good/{index:03d}.png" for index in range(6, 12)]
+        + [f"test/{kind}/{index:03d}.png" for index, kind in enumerate(kinds)]
+        + [f"ground_truth/{kind}/{index:03d}_mask.png" for index, kind in enumerate(kinds)]
+    )
+
+
+def test_parameters_are_written_beside_the_images(folder):
+    written = json.loads((folder / "parameters.json").read_text())
+    assert written == {"train_images": 6, "test_images": 12, "seed": 0}
+
+
+@pytest.mark.parametrize(("test_images", "damaged"), [(6, 3), (7, 3), (20, 10)])
+def test_half_of_the_test_crops_are_damaged(tmp_path, test_images, damaged):
+    folder = written(tmp_path, train_images=1, test_images=test_images)
+    good = len(list(folder.glob("test/good/*.png")))
+    assert (len(list(folder.glob("test/*/*.png"))) - good, good) == (damaged, test_images - damaged)
+
+
+@pytest.mark.parametrize("test_images", [6, 12])
+def test_every_kind_of_defect_is_present(tmp_path, test_images):
+    folder = written(tmp_path, train_images=1, test_images=test_images)
+    assert {path.name for path in (folder / "test").iterdir()} == {"good", *DEFECTS}
+    assert {path.name for path in (folder / "ground_truth").iterdir()} == set(DEFECTS)
+
+
+def test_crops_and_masks_are_8_bit_and_square(folder):
+    assert {read(path).shape for path in folder.rglob("*.png")} == {(SIDE, SIDE)}
+    assert {value for path in folder.glob("ground_truth/*/*.png") for value in np.unique(read(path))} == {0, 255}
+
+
+def test_train_and_test_crops_come_from_disjoint_areas(folder):
+    photo = photograph(folder)
+    train = left_edges(sorted(folder.glob("train/good/*.png")), photo)
+    test = left_edges(sorted(folder.glob("test/good/*.png")), photo)
+    assert (len(train), len(test)) == (6, 6)
+    damaged = [left for *_, left in damaged_crops(folder)]
+    assert max(train) + SIDE <= min(test + damaged)
+    assert len(set(train)) > 1
+    assert len(set(test)) > 1
+
+
+def test_masks_hold_exactly_the_pixels_that_differ(folder):
+    crops = list(damaged_crops(folder))
+    assert len(crops) == 6
+    for kind, damaged, mask, original, _ in crops:
+        assert np.array_equal(damaged != original, mask == 255), kind
+        assert 0.005 < (mask == 255).mean() < 0.1, kind
+
+
+def test_stains_are_darker(folder):
+    for kind, damaged, mask, original, _ in damaged_crops(folder):
+        if kind == "stain":
+            inside = (mask == 255) & (original > 1)
+            share = damaged[inside].sum() / original[inside].sum()
+            assert 0.33 < share < 0.61
+
+
+def test_scratches_are_of_one_gray(folder):
+    for kind, damaged, mask, _, _ in damaged_crops(folder):
+        if kind == "scratch":
+            grays = damaged[mask == 255].astype(int)
+            paint = int(np.median(grays))
+            assert paint in (25, 235)
+            assert np.abs(grays - paint).max() <= 1
+
+
+def test_foreign_texture_is_the_next_category(folder):
+    other = getattr(skimage.data, CATEGORIES[(CATEGORIES.index(folder.name) + 1) % 3])()
+    windows = np.lib.stride_tricks.sliding_window_view(other, 8, axis=1)
+    for kind, damaged, mask, original, _ in damaged_crops(folder):
+        if kind == "foreign":
+            row = int((mask == 255).sum(axis=1).argmax())
+            left = int(np.flatnonzero(mask[row])[0])
+            run = damaged[row, left : left + 8]
+            assert (mask[row, left : left + 8] == 255).all()
+            near = np.abs(windows.astype(int) - run).max(axis=-1) <= 1  # one gray level where both are the same
+            assert near.any()
+            assert not np.array_equal(run, original[row, left : left + 8])
+
+
+# --- seeds ------------------------------------------------------------------------------------------------------
+
+
+def test_same_seed_writes_the_same_bytes(folder, tmp_path):
+    again = written(tmp_path, category=folder.name)
+    assert contents(again) == contents(folder)
+
+
+def test_another_seed_writes_other_crops(folder, tmp_path):
+    first, other = contents(folder), contents(written(tmp_path, category=folder.name, seed=1))
+    assert other.keys() == first.keys()
+    same = [name for name in first if first[name] == other[name]]
+    assert same == []
+
+
+def test_more_test_images_leave_the_train_crops_as_they_are(tmp_path):
+    few, many = (written(tmp_path / str(count), test_images=count) for count in (6, 12))
+    for index in range(6):
+        name = f"train/good/{index:03d}.png"
+        assert (few / name).read_bytes() == (many / name).read_bytes()
+
+
+# --- as a data module -------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("mode", ["same_as_test", "from_test"])
+def test_loaders_give_the_written_images(tmp_path, mode):
+    data = small(tmp_path, val_split_mode=mode)
+    data.prepare_data()
+    data.setup()
+    (train,) = data.train_dataloader()
+    assert train.image.shape == (6, 3, SIDE, SIDE)
+    assert not train.gt_label.any()
+    share = 1 if mode == "same_as_test" else 2
+    for loader in (data.val_dataloader(), data.test_dataloader()):
+        (batch,) = loader
+        assert batch.gt_label.int().sum() * 2 == len(batch.image) == 12 // share
+        for image, label, mask, path in zip(batch.image, batch.gt_label, batch.gt_mask, batch.image_path, strict=True):
+            assert np.array_equal((image[0] * 255).round().numpy().astype(np.uint8), read(path))
+            assert bool(label) == (Path(path).parent.name != "good")
+            assert bool(mask.any()) == bool(label)
+
+
+# --- an existing folder -----------------------------------------------------------------------------------------
+
+
+def test_existing_folder_is_reused(tmp_path):
+    folder = written(tmp_path)
+    before = {path: path.stat().st_mtime_ns for path in folder.rglob("*")}
+    assert written(tmp_path) == folder
+    assert {path: path.stat().st_mtime_ns for path in folder.rglob("*")} == before
+
+
+def test_categories_live_beside_each_other(tmp_path):
+    for category in CATEGORIES:
+        written(tmp_path, category=category)
+    assert sorted(path.name for path in tmp_path.iterdir()) == sorted(CATEGORIES)
+
+
+@pytest.mark.parametrize("other", [{"seed": 1}, {"train_images": 7}, {"test_images": 13}])
+def test_folder_made_with_other_parameters_is_refused_and_left_alone(tmp_path, other):
+    folder = written(tmp_path)
+    before = contents(folder)
+    message = (
+        rf"folder {re.escape(repr(str(folder)))} holds crops made with {{'train_images': 6, 'test_images': 12, "
+        rf"'seed': 0}}, not with .*'{next(iter(other))}': {next(iter(other.values()))}.*Remove the folder, or give "
+        r"another --data\.root"
+    )
+    with pytest.raises(DataError, match=message):
+        written(tmp_path, **other)
+    assert contents(folder) == before
+
+
+def test_folder_with_other_data_is_refused_and_left_alone(tmp_path):
+    mine = tmp_path / "brick" / "train" / "good" / "mine.png"
+    mine.parent.mkdir(parents=True)
+    mine.write_bytes(b"mine")
+    with pytest.raises(DataError, match=r"brick' holds other data, not with .* Remove the folder, or give another"):
+        written(tmp_path)
+    assert contents(tmp_path) == {"brick/train/good/mine.png": b"mine"}
+
+
+def test_file_in_the_folders_place_is_refused(tmp_path):
+    (tmp_path / "brick").write_text("a file")
+    with pytest.raises(DataError, match="brick' holds other data"):
+        written(tmp_path)
+
+
+@pytest.mark.parametrize("content", [b"", b'{"train_images": 6', b"\xff\xfe"])
+def test_folder_with_an_unreadable_parameters_file_is_refused(tmp_path, content):
+    (written(tmp_path) / "parameters.json").write_bytes(content)
+    with pytest.raises(DataError, match=r"brick'.* Remove the folder, or give another"):
+        written(tmp_path)
+
+
+# --- failures while writing -------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(
+    ("error", "seen"), [(KeyboardInterrupt(), KeyboardInterrupt), (OSError("no space left on device"), DataError)]
+)
+def test_interrupted_writing_leaves_no_half_data_set(tmp_path, monkeypatch, error, seen):
+    save, saved = texture_defects._save, []
+
+    def save_some(path, pixels):
+        if len(saved) == 9:
+            raise error
+        save(path, pixels)
+        saved.append(path)
+        assert path.is_file()
+
+    with monkeypatch.context() as patch:
+        patch.setattr(texture_defects, "_save", save_some)
+        with pytest.raises(seen):
+            written(tmp_path)
+    assert len(saved) == 9
+    assert list(tmp_path.iterdir()) == []
+    assert len(contents(written(tmp_path))) == 6 + 12 + 6 + 1
+
+
+def test_error_while_writing_is_told(tmp_path, monkeypatch):
+    def save_nothing(_path, _pixels):
+        raise OSError("no space left on device")
+
+    monkeypatch.setattr(texture_defects, "_save", save_nothing)
+    message = rf"data root {re.escape(repr(str(tmp_path)))} cannot be written: no space left .*--data\.root"
+    with pytest.raises(DataError, match=message):
+        written(tmp_path)
+
+
+@pytest.mark.parametrize("name", ["file", "file/deeper", "long" * 100])
+def test_root_that_cannot_be_a_folder_is_named(tmp_path, name):
+    (tmp_path / "file").write_text("a file")
+    root = tmp_path / name
+    message = rf"data root {re.escape(repr(str(root)))} cannot be written: .*Give a writable folder as --data\.root"
+    with pytest.raises(DataError, match=message):
+        written(root)
+
+
+# --- arguments --------------------------------------------------------------------------------------------------
+
+
+def test_unknown_category_is_refused(tmp_path):
+    with pytest.raises(ArgumentError, match=r"category 'bottle' is unknown\. Legal are brick, grass, gravel"):
+        small(tmp_path, category="bottle")
+
+
+@pytest.mark.parametrize(("train_images", "test_images"), [(0, 12), (-1, 12), (6, 5), (6, 0)])
+def test_too_few_images_are_refused(tmp_path, train_images, test_images):
+    message = f"train_images {train_images} and test_images {test_images}: at least 1 and 6 are needed"
+    with pytest.raises(ArgumentError, match=message):
+        small(tmp_path, train_images=train_images, test_images=test_images)
+
+
+def test_nothing_is_written_before_prepare_data(tmp_path):
+    small(tmp_path / "root")
+    assert list(tmp_path.iterdir()) == []
