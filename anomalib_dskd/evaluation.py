@@ -28,7 +28,7 @@ def keep_raw_scores(batch: ImageBatch, predictions: InferenceBatch, *, largest: 
         largest: upper bound of both.
     """
     for name in ("pred_score", "anomaly_map"):
-        vars(batch)[f"raw_{name}"] = getattr(predictions, name) / largest
+        vars(batch)[f"raw_{name}"] = (getattr(predictions, name) / largest).clamp(0, 1)  # rounding errors
 
 
 class RawScoreEvaluator(Evaluator):

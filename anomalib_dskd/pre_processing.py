@@ -1,11 +1,16 @@
 """What an image goes through before the networks see it."""
 
-import timm
+from collections.abc import Sequence
+
+from anomalib.data.transforms.utils import extract_transforms_by_type
 from anomalib.pre_processing import PreProcessor
+from timm.data import IMAGENET_DEFAULT_MEAN, IMAGENET_DEFAULT_STD
 from timm.models import get_pretrained_cfg
 from torchvision.transforms.v2 import Compose, Normalize, Resize
 
-__all__ = ["create_pre_processor"]
+from anomalib_dskd.errors import ArgumentError
+
+__all__ = ["check_normalisation", "create_pre_processor"]
 
 
 def create_pre_processor(teacher: str, image_size: tuple[int, int]) -> PreProcessor:
@@ -18,7 +23,27 @@ def create_pre_processor(teacher: str, image_size: tuple[int, int]) -> PreProces
         teacher: timm model name.
         image_size: height and width in pixels.
     """
-    cfg = get_pretrained_cfg(teacher)
-    mean = cfg.mean if cfg is not None else timm.data.IMAGENET_DEFAULT_MEAN
-    std = cfg.std if cfg is not None else timm.data.IMAGENET_DEFAULT_STD
+    mean, std = _normalisation(teacher)
     return PreProcessor(transform=Compose([Resize(image_size, antialias=False), Normalize(mean=mean, std=std)]))
+
+
+def check_normalisation(pre_processor: PreProcessor, teacher: str) -> None:
+    """Refuse a pre-processor that normalises otherwise than the teacher's training did.
+
+    Raises:
+        ArgumentError: its ``Normalize`` has another mean or standard deviation.
+    """
+    legal = [list(values) for values in _normalisation(teacher)]
+    for transform in extract_transforms_by_type(pre_processor.transform, Normalize):
+        given = [list(transform.mean), list(transform.std)]
+        if given != legal:
+            msg = (
+                f"the pre_processor normalises with mean and std {given}, but the teacher {teacher!r} was trained with "
+                f"{legal}. Use these, or Dskd.configure_pre_processor(image_size, teacher={teacher!r})."
+            )
+            raise ArgumentError(msg)
+
+
+def _normalisation(teacher: str) -> tuple[Sequence[float], Sequence[float]]:
+    cfg = get_pretrained_cfg(teacher)
+    return (cfg.mean, cfg.std) if cfg is not None else (IMAGENET_DEFAULT_MEAN, IMAGENET_DEFAULT_STD)

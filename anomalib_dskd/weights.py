@@ -242,15 +242,16 @@ def _rename_by_order(loaded: dict[str, Tensor], full: dict[str, Tensor], path: P
 
 def _check_fit(loaded: dict[str, Tensor], full: dict[str, Tensor], backbone: Backbone, path: Path) -> None:
     """Raise unless ``loaded`` has all that ``backbone`` uses and nothing that its architecture does not know."""
-    shapes = {_canonical(key): tensor.shape for key, tensor in loaded.items()}
+    given = {_canonical(key) for key in loaded}
     needed = [key for key in backbone.network.state_dict() if OPTIONAL not in key]
-    missing = [key for key in needed if _canonical(key) not in shapes]
+    head = _classifier(backbone.name)
+    missing = [key for key in needed if _canonical(key) not in given]
     legal = {_canonical(key): tensor.shape for key, tensor in full.items()}
     unknown = [key for key in loaded if _canonical(key) not in legal]
     misshapen = [
         f"{key} {list(tensor.shape)} instead of {list(legal[_canonical(key)])}"
         for key, tensor in loaded.items()
-        if tensor.shape != legal.get(_canonical(key), tensor.shape)
+        if not key.startswith(head) and tensor.shape != legal.get(_canonical(key), tensor.shape)
     ]
     faults = {"missing": missing, "unknown to it": unknown, "of another shape": misshapen}
     if any(faults.values()):
@@ -261,6 +262,12 @@ def _check_fit(loaded: dict[str, Tensor], full: dict[str, Tensor], backbone: Bac
             "belongs to this file."
         )
         raise TeacherWeightsError(msg)
+
+
+def _classifier(name: str) -> tuple[str, ...]:
+    """Names of the classifier, which may be of any width: no feature level reaches it."""
+    classifier = getattr(get_pretrained_cfg(name), "classifier", None) or ()
+    return (classifier,) if isinstance(classifier, str) else tuple(classifier)
 
 
 def _canonical(key: str) -> str:

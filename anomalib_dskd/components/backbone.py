@@ -1,5 +1,6 @@
 """Feature pyramids from timm backbones, cut to what the chosen levels reach."""
 
+import copy
 import difflib
 from collections.abc import Sequence
 from typing import NamedTuple
@@ -75,6 +76,10 @@ class Backbone(nn.Module):
         check_teacher(name)
         self.name = name
         self.layers = tuple(layers)
+        cfg = get_pretrained_cfg(name)
+        self.fixed_size: tuple[int, int] | None = (
+            cfg.input_size[1:] if cfg is not None and cfg.fixed_input_size else None
+        )
         with torch.inference_mode(False), torch.enable_grad():  # the probe needs gradients, wherever it is made
             self.network = _create_features(name, self.layers)
             self.channels_last = getattr(self.network, "output_fmt", "NCHW") == "NHWC"
@@ -87,13 +92,17 @@ class Backbone(nn.Module):
 
     def _probe_and_prune(self) -> tuple[FeatureLevel, ...]:
         """Run one image through the network: drop what got no gradient, note the sign of each level."""
-        cfg = get_pretrained_cfg(self.name)
-        size = cfg.input_size if cfg is not None and cfg.fixed_input_size else (3, PROBE_SIZE, PROBE_SIZE)
-        probe = torch.randn(1, *size, generator=torch.Generator().manual_seed(0))
+        probe = torch.randn(
+            1, 3, *(self.fixed_size or (PROBE_SIZE, PROBE_SIZE)), generator=torch.Generator().manual_seed(0)
+        )
         self.network.eval()
         features = self(probe)
         torch.stack([level.sum() for level in features]).sum().backward()  # type: ignore[no-untyped-call]
-        _replace_unreached(self.network)
+        whole = self.network
+        self.network = copy.deepcopy(whole)
+        _replace_unreached(self.network, whole)
+        if not self._still_gives(features, probe):
+            self.network = whole
         self.network.zero_grad(set_to_none=True)
         self.network.train()
         info = self.network.feature_info
@@ -101,6 +110,14 @@ class Backbone(nn.Module):
             FeatureLevel(channels=channels, stride=stride, signed=bool(level.min() < 0))
             for channels, stride, level in zip(info.channels(), info.reduction(), features, strict=True)  # type: ignore[operator, union-attr]
         )
+
+    @torch.no_grad()
+    def _still_gives(self, features: list[Tensor], probe: Tensor) -> bool:
+        """Whether the cut network runs and gives the same; one whose branches meet again, such as HRNet, may not."""
+        try:
+            return all(torch.equal(a, b) for a, b in zip(self(probe), features, strict=True))
+        except (AttributeError, IndexError, RuntimeError, TypeError, ValueError):
+            return False
 
 
 def _create_features(name: str, layers: tuple[int, ...]) -> nn.Module:
@@ -120,11 +137,12 @@ def _create_features(name: str, layers: tuple[int, ...]) -> nn.Module:
     return network
 
 
-def _replace_unreached(module: nn.Module) -> None:
-    for name, child in module.named_children():
+def _replace_unreached(module: nn.Module, probed: nn.Module) -> None:
+    """Replace in ``module`` what got no gradient in ``probed``, its original."""
+    for name, child in probed.named_children():
         parameters = list(child.parameters())
         if parameters and all(parameter.grad is None for parameter in parameters):
             # timm iterates over containers, and calls the rest
             setattr(module, name, type(child)() if type(child) in {nn.Sequential, nn.ModuleList} else nn.Identity())
         else:
-            _replace_unreached(child)
+            _replace_unreached(getattr(module, name), child)

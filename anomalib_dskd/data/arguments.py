@@ -26,5 +26,6 @@ def check_val_split_mode(mode: ValSplitMode | str) -> None:
     """
     legal = [known.value for known in ValSplitMode if known not in {ValSplitMode.NONE, ValSplitMode.FROM_DIR}]
     if mode not in legal:
-        msg = f"val_split_mode {str(mode)!r} gives no validation images, which thresholds need. Legal are {legal}."
+        given = mode.value if isinstance(mode, ValSplitMode) else mode
+        msg = f"val_split_mode {given!r} gives no validation images, which thresholds need. Legal are {legal}."
         raise ArgumentError(msg)

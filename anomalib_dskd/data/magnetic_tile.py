@@ -58,7 +58,6 @@ class MagneticTileDataset(AnomalibDataset):
         samples = make_samples(Path(root), test_ratio=test_ratio, seed=seed)
         if split is not None:
             samples = samples[samples.split == Split(split).value].reset_index(drop=True)
-        samples.attrs["task"] = "segmentation"
         self.samples = samples
         self.samples.attrs["task"] = "segmentation"
 

@@ -28,9 +28,13 @@ __all__ = ["CATEGORIES", "DEFECTS", "TextureDefects"]
 
 CATEGORIES = ("brick", "grass", "gravel")
 CROP = 128  # pixels a side
+STAIN = (0.35, 0.6)  # share of the light left; this and the next are our choice: visible, not glaring
+SCRATCH = (25, 235)  # gray of a dark and of a bright scratch
+ROUGHNESS = 0.15  # of a blob's outline
 OUTLINE = 0.4  # level of the smoothed, noisy disk at which a blob ends
 BORDER = 320  # train crops lie left of this column of the 512, test crops right of it
 PARAMETERS_FILE = "parameters.json"
+VERSION = 1  # to be raised when the painting changes, so that old crops are not taken for new ones
 
 Gray = npt.NDArray[np.uint8]
 Region = npt.NDArray[np.bool_]
@@ -104,7 +108,8 @@ class TextureDefects(MVTecAD):
             val_split_ratio=val_split_ratio,
             seed=seed,
         )
-        self.parameters = {"train_images": train_images, "test_images": test_images, "seed": seed}
+        self.counts = {"train_images": train_images, "test_images": test_images, "seed": seed}
+        self.parameters = {"version": VERSION, **self.counts}
 
     def prepare_data(self) -> None:
         """Write the images and masks, unless they are there.
@@ -121,7 +126,8 @@ class TextureDefects(MVTecAD):
             # written aside and renamed, so that an interrupted run leaves no half data set behind
             with tempfile.TemporaryDirectory(dir=self.root, prefix=f".{self.category}-") as scratch:
                 made = Path(scratch, self.category)
-                _write_category(made, self.category, **self.parameters)
+                _write_category(made, self.category, **self.counts)
+                (made / PARAMETERS_FILE).write_text(json.dumps(self.parameters))
                 made.rename(folder)
         except OSError as error:
             if os.path.isdir(folder):  # another process was faster
@@ -150,18 +156,15 @@ def _write_category(folder: Path, category: str, *, train_images: int, test_imag
     random = np.random.default_rng([seed, CATEGORIES.index(category)])
     for index in range(train_images):
         _save(folder / "train" / "good" / f"{index:03d}.png", _crop(photograph[:, :BORDER], random))
-    damages = list(DEFECTS)
     for index in range(test_images):
         crop = _crop(photograph[:, BORDER:], random)
         if index < test_images // 2:
-            defect = damages[index % len(damages)]
+            defect = list(DEFECTS)[index % len(DEFECTS)]
             damaged, region = _damage(crop, _crop(foreign, random), defect, random)
             _save(folder / "test" / defect / f"{index:03d}.png", damaged)
             _save(folder / "ground_truth" / defect / f"{index:03d}_mask.png", region.astype(np.uint8) * 255)
         else:
             _save(folder / "test" / "good" / f"{index:03d}.png", crop)
-    parameters = {"train_images": train_images, "test_images": test_images, "seed": seed}
-    (folder / PARAMETERS_FILE).write_text(json.dumps(parameters))
 
 
 def _photograph(category: str) -> Gray:
@@ -190,7 +193,7 @@ def _blob(random: np.random.Generator) -> Region:
     field = np.zeros((CROP, CROP))
     field[disk(centre, radius, shape=field.shape)] = 1  # type: ignore[no-untyped-call]
     noise = gaussian_filter(random.normal(size=field.shape), 3)
-    blob: Region = gaussian_filter(field, 2) + 0.15 * noise / noise.std() * (field > 0) > OUTLINE
+    blob: Region = gaussian_filter(field, 2) + ROUGHNESS * noise / noise.std() * (field > 0) > OUTLINE
     return blob
 
 
@@ -207,11 +210,11 @@ def _stroke(random: np.random.Generator) -> Region:
 
 
 def _stain(crop: Gray, _foreign: Gray, random: np.random.Generator) -> Gray:
-    return (crop * random.uniform(0.35, 0.6)).astype(np.uint8)
+    return (crop * random.uniform(*STAIN)).astype(np.uint8)
 
 
 def _scratch(crop: Gray, _foreign: Gray, random: np.random.Generator) -> Gray:
-    return np.full_like(crop, 235 if random.random() < 0.5 else 25)  # noqa: PLR2004 - bright or dark, evenly
+    return np.full_like(crop, random.choice(SCRATCH))
 
 
 def _foreign_texture(_crop: Gray, foreign: Gray, _random: np.random.Generator) -> Gray:

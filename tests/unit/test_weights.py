@@ -397,6 +397,13 @@ def test_file_saved_from_a_features_only_model_is_enough(tmp_path: Path, teacher
         assert_same_features(backbone(images()), model(images()))
 
 
+def test_classifier_of_any_width_is_accepted(tmp_path: Path):
+    model = timm.create_model(TEACHER, pretrained=False, num_classes=3).eval()
+    save_file(model.state_dict(), tmp_path / "tuned.safetensors")
+    backbone = load(tmp_path / "tuned.safetensors", TEACHER, (1, 2))
+    assert torch.equal(backbone.network.state_dict()["conv1.0.weight"], model.state_dict()["conv1.0.weight"])
+
+
 def test_origin_is_name_and_digest(tmp_path: Path):
     (tmp_path / "weights.pth").write_bytes(b"abc")
     digest = "ba7816bf8f01cfea414140de5dae2223b00361a396177a9cb410ff61f20015ad"  # FIPS 180's example

@@ -1,35 +1,38 @@
 """DSKD as an anomalib model."""
 
 import math
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
 import torch
 from anomalib import LearningType
 from anomalib.data import ImageBatch, InferenceBatch
+from anomalib.deploy import CompressionType
 from anomalib.metrics import Evaluator
 from anomalib.models.components import AnomalibModule
 from anomalib.post_processing import PostProcessor
 from anomalib.pre_processing import PreProcessor
 from anomalib.visualization import Visualizer
-from lightning import seed_everything
+from lightning import Trainer, seed_everything
 from torch import Tensor, nn
 
-from anomalib_dskd.components.backbone import check_teacher
+from anomalib_dskd.components.backbone import check_teacher, full_name
 from anomalib_dskd.data.image_files import check_depths
 from anomalib_dskd.errors import ArgumentError, NotTrainedError
 from anomalib_dskd.evaluation import RawScoreEvaluator, keep_raw_scores
 from anomalib_dskd.models.dskd.loss import DskdLoss
 from anomalib_dskd.models.dskd.torch_model import DskdModel, Embedding, Losses, MapPair
-from anomalib_dskd.pre_processing import create_pre_processor
+from anomalib_dskd.pre_processing import check_normalisation, create_pre_processor
 from anomalib_dskd.weights import find_teacher_weights
 
 __all__ = ["Dskd"]
 
+DEFAULT_TEACHER = "resnet18.tv_in1k"  # section 4.1.2; timm's own default tag has newer weights
 DEFAULT_IMAGE_SIZE = (256, 256)  # section 4.1.2, for MVTec AD and MVTec 3D-AD
 ONNX_OPSET = 18  # torch's exporter writes it; asked for an older one, as anomalib does, it tries to convert and fails
-TRAINING_ONLY = {"teacher_weights", "losses", "learning_rate", "betas", "weight_decay", "seed", "embedding_gradient"}
+PRECISIONS = ("32-true", "64-true", "bf16-mixed", "16-mixed")
+TRAINING_ONLY = {"teacher_weights", "learning_rate", "betas", "weight_decay", "seed", "embedding_gradient"}
 """Arguments that a trained model's results do not depend on any more."""
 
 
@@ -63,7 +66,8 @@ class Dskd(AnomalibModule):
         learning_rate: of Adam. Default: 0.001 (section 4.1.2).
         betas: of Adam. Default: (0.5, 0.999) (section 4.1.2).
         weight_decay: of Adam. Default: 0; the paper gives none.
-        seed: initialise the students, and order the batches, from this number. Default, anomalib's: unseeded.
+        seed: initialise the students, and order the batches, from this number. A training that is resumed orders
+            its batches anew. Default, anomalib's: unseeded.
         pre_processor: as in every anomalib model.
         post_processor: as in every anomalib model.
         evaluator: as in every anomalib model. Default: :class:`~anomalib_dskd.evaluation.RawScoreEvaluator`.
@@ -80,7 +84,7 @@ class Dskd(AnomalibModule):
 
     def __init__(
         self,
-        teacher: str = "resnet18.tv_in1k",
+        teacher: str = DEFAULT_TEACHER,
         layers: Sequence[int] = (1, 2, 3),
         teacher_weights: str | Path | None = None,
         image_size: int | tuple[int, int] | None = None,
@@ -134,13 +138,15 @@ class Dskd(AnomalibModule):
                 sigma=sigma,
             )
         self.loss = DskdLoss(l2_weight=l2_weight)
-        self._check_input_size()
+        if self.input_size is not None:
+            self.model.check_size(*self.input_size)
 
     # --- training -----------------------------------------------------------------------------------------------
 
     def on_fit_start(self) -> None:
         """Load the teacher's weights, unless a checkpoint has brought them, and seed the order of the batches."""
         self.model.to(memory_format=torch.channels_last)  # a third faster on CPUs with bfloat16 units
+        _check_trainer(self.trainer)
         if self.model.teacher.weights_origin is None:
             self.load_teacher_weights()
         if self.seed is not None:
@@ -176,29 +182,24 @@ class Dskd(AnomalibModule):
         """Return Adam over both students and the embedding (section 4.1.2); the teacher is not in it."""
         students = [parameter for parameter in self.model.parameters() if parameter.requires_grad]
         return torch.optim.Adam(
-            students, lr=self.learning_rate, betas=self.betas, weight_decay=self.weight_decay, fused=True
+            students,
+            lr=self.learning_rate,
+            betas=self.betas,
+            weight_decay=self.weight_decay,
+            fused=True,  # the same arithmetic in one pass over the weights
         )
 
     # --- evaluation ---------------------------------------------------------------------------------------------
 
-    def validation_step(self, batch: ImageBatch, batch_idx: int) -> ImageBatch:  # type: ignore[override] # noqa: ARG002
-        """Put map and score on the batch."""
-        return self._predict(batch)
-
-    def test_step(self, batch: ImageBatch, batch_idx: int) -> ImageBatch:  # type: ignore[override] # noqa: ARG002
-        """Put map and score on the batch."""
-        return self._predict(batch)
-
-    def predict_step(self, batch: ImageBatch, batch_idx: int) -> ImageBatch:  # type: ignore[override] # noqa: ARG002
-        """Put map and score on the batch."""
-        return self._predict(batch)
-
-    def _predict(self, batch: ImageBatch) -> ImageBatch:
+    def validation_step(self, batch: ImageBatch, batch_idx: int, dataloader_idx: int = 0) -> ImageBatch:  # type: ignore[override] # noqa: ARG002
+        """Put map ``(B, 1, H, W)`` and score ``(B, 1)`` on the batch."""
         check_depths(batch.image_path)
         predictions: InferenceBatch = self.model(batch.image)
         keep_raw_scores(batch, predictions, largest=self.model.largest_score)
         batch.update(**predictions._asdict())
         return batch
+
+    test_step = predict_step = validation_step  # type: ignore[assignment]
 
     def on_validation_start(self) -> None:
         """Refuse to validate before training; within training, validation follows it."""
@@ -223,6 +224,17 @@ class Dskd(AnomalibModule):
         kwargs.setdefault("opset_version", ONNX_OPSET)
         return super().to_onnx(*args, **kwargs)
 
+    def to_openvino(self, export_root: Path | str, **kwargs: Any) -> Path:  # type: ignore[override] # noqa: ANN401
+        """Export as anomalib does, once trained, and not with quantised activations: those lose the score."""
+        compression_type = kwargs.get("compression_type")
+        if compression_type in {CompressionType.INT8_PTQ, CompressionType.INT8_ACQ}:
+            msg = (
+                f"compression_type {str(compression_type)!r} makes the scores of this model useless, since it "
+                "quantises the anomaly map too. Legal are none, 'fp16' and 'int8' (weights alone)."
+            )
+            raise ArgumentError(msg)
+        return super().to_openvino(export_root, **kwargs)
+
     def _require_training(self, purpose: str) -> None:
         if not self.model.is_trained:
             msg = (
@@ -236,12 +248,11 @@ class Dskd(AnomalibModule):
     def on_load_checkpoint(self, checkpoint: dict[str, Any]) -> None:
         """Refuse a checkpoint that was trained with other arguments than this model was built with."""
         super().on_load_checkpoint(checkpoint)
-        trained = checkpoint.get("hyper_parameters", {})
-        names = [name for name in trained if name in self.hparams and name not in TRAINING_ONLY]
-        changed = {name: (trained[name], self.hparams[name]) for name in names}
-        changed = {name: pair for name, pair in changed.items() if _plain(pair[0]) != _plain(pair[1])}
+        trained, built = checkpoint.get("hyper_parameters", {}), dict(self.hparams)
+        names = [name for name in trained if name in built and name not in TRAINING_ONLY]
+        changed = [name for name in names if _meaning(name, trained) != _meaning(name, built)]
         if changed:
-            listed = "; ".join(f"{name}: {was!r} there, {now!r} here" for name, (was, now) in changed.items())
+            listed = "; ".join(f"{name}: {trained[name]!r} there, {built[name]!r} here" for name in changed)
             msg = (
                 f"the checkpoint was trained with other arguments: {listed}. Give the same arguments or --config, "
                 "or use Dskd.load_from_checkpoint(path), which takes them from the checkpoint."
@@ -259,22 +270,30 @@ class Dskd(AnomalibModule):
         return LearningType.ONE_CLASS
 
     @staticmethod
-    def configure_pre_processor(image_size: tuple[int, int] | None = None) -> PreProcessor:
-        """Return the default pre-processing, with the default teacher's normalisation."""
-        return create_pre_processor("resnet18.tv_in1k", image_size or DEFAULT_IMAGE_SIZE)
+    def configure_pre_processor(
+        image_size: tuple[int, int] | None = None, teacher: str = DEFAULT_TEACHER
+    ) -> PreProcessor:
+        """Return the default pre-processing for a teacher."""
+        return create_pre_processor(teacher, image_size or DEFAULT_IMAGE_SIZE)
 
     @staticmethod
     def configure_evaluator() -> Evaluator:
         """Return the paper's figures on unclamped scores."""
         return RawScoreEvaluator()
 
-    def _check_input_size(self) -> None:
-        if self.input_size is not None and min(self.input_size) < self.model.smallest_image:
-            msg = (
-                f"image_size {tuple(self.input_size)} is too small: the teacher {self.model.teacher.backbone.name!r} "
-                f"with these layers and this sigma needs at least {self.model.smallest_image} pixels a side."
-            )
-            raise ArgumentError(msg)
+
+def _check_trainer(trainer: Trainer) -> None:
+    epochs, interval = trainer.max_epochs or 0, trainer.check_val_every_n_epoch or 1
+    if trainer.enable_validation and epochs > 0 and epochs % interval:
+        msg = (
+            f"max_epochs {epochs} is no multiple of check_val_every_n_epoch {interval}: the last epochs would have "
+            "neither thresholds nor a checkpoint. Change one of them (--trainer.max_epochs, "
+            "--trainer.check_val_every_n_epoch)."
+        )
+        raise ArgumentError(msg)
+    if str(trainer.precision) not in PRECISIONS:
+        msg = f"precision {trainer.precision!r} is too coarse for the anomaly map. Legal are {', '.join(PRECISIONS)}."
+        raise ArgumentError(msg)
 
 
 def _resolve_pre_processor(
@@ -284,8 +303,10 @@ def _resolve_pre_processor(
         if image_size is not None:
             msg = "image_size and pre_processor exclude each other: resize in the pre_processor, or leave that out."
             raise ArgumentError(msg)
+        if isinstance(pre_processor, PreProcessor):
+            check_normalisation(pre_processor, teacher)
         return pre_processor
-    size = (image_size, image_size) if isinstance(image_size, int) else tuple(image_size or DEFAULT_IMAGE_SIZE)
+    size = _size(image_size)
     if len(size) != 2 or min(size) < 1:  # noqa: PLR2004 - height and width
         msg = f"image_size {image_size!r} must be one number of pixels, or height and width, each at least 1."
         raise ArgumentError(msg)
@@ -305,6 +326,17 @@ def _check_numbers(*, betas: tuple[float, float], learning_rate: float, **not_ne
         raise ArgumentError(msg)
 
 
-def _plain(value: object) -> object:
-    """Make tuples and lists, which a checkpoint or a YAML file may exchange, compare equal."""
-    return [_plain(item) for item in value] if isinstance(value, (list, tuple)) else value
+def _meaning(name: str, arguments: Mapping[str, Any]) -> object:
+    """Make equal what is spelt differently: defaults, a square's side, lists and tuples, a teacher's default tag."""
+    value = arguments[name]
+    if name == "teacher":
+        return full_name(value)
+    if name == "image_size":
+        return _size(value)
+    if name == "map_layers" and value is None:
+        value = arguments["layers"]
+    return list(value) if isinstance(value, (list, tuple)) else value
+
+
+def _size(image_size: int | Sequence[int] | None) -> tuple[int, ...]:
+    return (image_size, image_size) if isinstance(image_size, int) else tuple(image_size or DEFAULT_IMAGE_SIZE)

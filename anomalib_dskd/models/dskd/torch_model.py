@@ -124,7 +124,8 @@ class DskdModel(nn.Module):
             ArgumentError: images smaller than the networks' strides or the blur allow.
             TeacherWeightsError: the teacher has no pretrained weights yet.
         """
-        self._check_size(images)
+        if not torch.compiler.is_exporting():  # sizes can be symbols there, and training has checked them
+            self.check_size(*images.shape[-2:])
         return self._training_features(images) if self.training else self._infer(images)
 
     def _training_features(self, images: Tensor) -> Features:
@@ -156,15 +157,21 @@ class DskdModel(nn.Module):
         decoded: list[Tensor] = self.decoder_student(self.embedding(features), [level.shape[-2:] for level in encoded])
         return decoded
 
-    def _check_size(self, images: Tensor) -> None:
-        if torch.compiler.is_exporting():
-            return  # sizes are symbols there, and were checked when the model was trained
-        height, width = images.shape[-2:]
+    def check_size(self, height: int, width: int) -> None:
+        """Raise unless the networks and the blur can work on images of this size.
+
+        Raises:
+            ArgumentError: too small, or not the only size that the teacher takes.
+        """
+        backbone = self.teacher.backbone
+        if backbone.fixed_size is not None and backbone.fixed_size != (height, width):
+            msg = f"images of {height}x{width} pixels: the teacher {backbone.name!r} takes {backbone.fixed_size} alone."
+            raise ArgumentError(msg)
         if min(height, width) < self.smallest_image:
             msg = (
-                f"images of {height}x{width} pixels are too small: the teacher {self.teacher.backbone.name!r} with "
-                f"layers {list(self.teacher.backbone.layers)} and this sigma need at least {self.smallest_image}x"
-                f"{self.smallest_image}. Give a larger image_size, shallower layers or a smaller sigma."
+                f"images of {height}x{width} pixels are too small: the teacher {backbone.name!r} with layers "
+                f"{list(backbone.layers)} and this sigma need at least {self.smallest_image}x{self.smallest_image}. "
+                "Give a larger image_size, shallower layers or a smaller sigma."
             )
             raise ArgumentError(msg)
 

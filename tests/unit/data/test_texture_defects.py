@@ -87,7 +87,7 @@ def test_layout_is_that_of_mvtec(folder):
 
 def test_parameters_are_written_beside_the_images(folder):
     written = json.loads((folder / "parameters.json").read_text())
-    assert written == {"train_images": 6, "test_images": 12, "seed": 0}
+    assert written == {"version": 1, "train_images": 6, "test_images": 12, "seed": 0}
 
 
 @pytest.mark.parametrize(("test_images", "damaged"), [(6, 3), (7, 3), (20, 10)])
@@ -223,8 +223,8 @@ def test_folder_made_with_other_parameters_is_refused_and_left_alone(tmp_path, o
     folder = written(tmp_path)
     before = contents(folder)
     message = (
-        rf"folder {re.escape(repr(str(folder)))} holds crops made with {{'train_images': 6, 'test_images': 12, "
-        rf"'seed': 0}}, not with .*'{next(iter(other))}': {next(iter(other.values()))}.*Remove the folder, or give "
+        rf"folder {re.escape(repr(str(folder)))} holds crops made with {{'version': 1, 'train_images': 6, "
+        rf"'test_images': 12, 'seed': 0}}, not with .*'{next(iter(other))}': {next(iter(other.values()))}.*Remove the folder, or give "
         r"another --data\.root"
     )
     with pytest.raises(DataError, match=message):

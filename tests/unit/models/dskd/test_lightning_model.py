@@ -6,6 +6,7 @@ import numpy as np
 import pytest
 import torch
 from anomalib.data import ImageBatch
+from anomalib.deploy import CompressionType
 from anomalib.engine import Engine
 from anomalib.models import get_model, list_models
 from anomalib.pre_processing import PreProcessor
@@ -164,6 +165,46 @@ def test_arguments_given_to_load_from_checkpoint_win(trained):
     assert Dskd.load_from_checkpoint(checkpoint, map_layers=[2]).model.map_levels == (1,)
 
 
+def test_arguments_of_the_same_meaning_pass_for_the_same(trained, magnetic_tile_root, tmp_path):
+    _, checkpoint = trained
+    model = Dskd(
+        teacher=TEACHER, layers=[1, 2, 3], map_layers=[1, 2, 3], image_size=(64, 64), sigma=2.0, visualizer=False
+    )
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")
+        assert engine(tmp_path).test(model, datamodule=MagneticTile(magnetic_tile_root), ckpt_path=checkpoint)
+
+
+@pytest.mark.parametrize(
+    ("trainer", "message"),
+    [
+        ({"max_epochs": 3, "check_val_every_n_epoch": 2}, "max_epochs 3 is no multiple of check_val_every_n_epoch 2"),
+        ({"max_epochs": 1, "precision": "bf16-true"}, "precision 'bf16-true' is too coarse .* Legal are 32-true"),
+    ],
+)
+def test_training_that_would_end_without_a_result_is_refused(
+    tiny_model, magnetic_tile_root, tmp_path, trainer, message
+):
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")
+        with pytest.raises(ArgumentError, match=message):
+            engine(tmp_path, **trainer).fit(tiny_model, datamodule=MagneticTile(magnetic_tile_root))
+
+
+@pytest.mark.parametrize("compression_type", [CompressionType.INT8_PTQ, CompressionType.INT8_ACQ])
+def test_quantised_activations_are_refused(trained, tmp_path, compression_type):
+    model, _ = trained
+    with pytest.raises(ArgumentError, match="useless.* Legal are none, 'fp16' and 'int8'"):
+        engine(tmp_path).export(model, "openvino", compression_type=compression_type)
+
+
+def test_normalisation_of_another_teacher_is_refused():
+    with pytest.raises(ArgumentError, match=r"normalises with .*0.485.* was trained with \[\[0.5, 0.5, 0.5\]"):
+        Dskd(teacher=TEACHER, pre_processor=Dskd.configure_pre_processor((64, 64)))
+    own = Dskd.configure_pre_processor((64, 64), teacher=TEACHER)
+    assert Dskd(teacher=TEACHER, pre_processor=own).pre_processor is own
+
+
 @pytest.mark.parametrize("purpose", ["test", "predict", "validate"])
 def test_no_result_before_training(purpose, tiny_model, magnetic_tile_root, tmp_path):
     with warnings.catch_warnings():
@@ -212,7 +253,8 @@ def test_sixteen_bit_images_are_refused_in_training(tiny_model, tmp_path):
         ({"weight_decay": -1.0}, "weight_decay -1.0"),
         ({"learning_rate": 0.0}, "learning_rate 0.0 must be a finite number larger than 0"),
         ({"betas": (0.5, 1.0)}, r"betas \(0.5, 1.0\) must be two numbers"),
-        ({"image_size": 32}, r"image_size \(32, 32\) is too small: .* at least 64 pixels a side"),
+        ({"image_size": 32}, "images of 32x32 pixels are too small: .* at least 64x64"),
+        ({"teacher": "test_vit3", "layers": [0, 1], "image_size": 64}, r"64x64 pixels: .* takes \(160, 160\) alone"),
         ({"image_size": (64, 0)}, r"image_size \(64, 0\) must be one number of pixels, or height and width"),
         ({"image_size": 64, "pre_processor": False}, "image_size and pre_processor exclude each other"),
         ({"map_pair": "T-E", "losses": "decoder"}, "Legal losses for each map_pair"),
