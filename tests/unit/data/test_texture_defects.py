@@ -222,10 +222,10 @@ def test_categories_live_beside_each_other(tmp_path):
 def test_folder_made_with_other_parameters_is_refused_and_left_alone(tmp_path, other):
     folder = written(tmp_path)
     before = contents(folder)
+    (name, value), made = next(iter(other.items())), "'version': 1, 'train_images': 6, 'test_images': 12, 'seed': 0"
     message = (
-        rf"folder {re.escape(repr(str(folder)))} holds crops made with {{'version': 1, 'train_images': 6, "
-        rf"'test_images': 12, 'seed': 0}}, not with .*'{next(iter(other))}': {next(iter(other.values()))}.*Remove the folder, or give "
-        r"another --data\.root"
+        rf"folder {re.escape(repr(str(folder)))} holds crops made with {{{made}}}, not with .*'{name}': {value}.*"
+        r"Remove the folder, or give another --data\.root"
     )
     with pytest.raises(DataError, match=message):
         written(tmp_path, **other)
