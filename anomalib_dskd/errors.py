@@ -7,11 +7,8 @@ class DskdError(Exception):
     """Base of every error that this package raises on purpose."""
 
 
-class ArgumentError(DskdError):
-    """An argument has a value that the model or the data module cannot work with.
-
-    No ``ValueError``: anomalib's command line would bury it among the alternatives that its parser tried.
-    """
+class ArgumentError(DskdError, ValueError):
+    """An argument has a value that the model or the data module cannot work with."""
 
 
 class TeacherWeightsError(DskdError):
