@@ -14,6 +14,7 @@ from PIL import Image
 
 from anomalib_dskd import Dskd, MagneticTile
 from anomalib_dskd.errors import ArgumentError, DataError, NotTrainedError, TeacherWeightsError
+from anomalib_dskd.evaluation import RawScoreEvaluator
 from tests.conftest import TEACHER
 
 
@@ -158,6 +159,15 @@ def test_checkpoint_of_other_arguments_is_refused(trained, magnetic_tile_root, t
         ArgumentError, match=r"other arguments: map_layers: None there, \[1\] here; sigma: 2.0 there, 3.0"
     ):
         engine(tmp_path).test(model, datamodule=MagneticTile(magnetic_tile_root), ckpt_path=checkpoint)
+
+
+@pytest.mark.parametrize(
+    "evaluator", [False, True, RawScoreEvaluator(validation=True)], ids=["none", "default", "both"]
+)
+def test_checkpoint_loads_with_any_evaluator(trained, evaluator):
+    _, checkpoint = trained
+    model = Dskd.load_from_checkpoint(checkpoint, evaluator=evaluator)
+    assert model.model.is_trained
 
 
 def test_arguments_given_to_load_from_checkpoint_win(trained):
