@@ -4,6 +4,8 @@ from torch import Tensor, nn
 from torch.nn import functional as F  # noqa: N812
 from typing_extensions import Self
 
+from anomalib_dskd.components.convolution import WideConv2d
+
 __all__ = ["ResidualBlock", "conv_block", "match_size"]
 
 
@@ -21,7 +23,7 @@ def match_size(features: Tensor, height: int, width: int) -> Tensor:
 def conv_block(in_channels: int, out_channels: int, *, stride: int = 1) -> nn.Sequential:
     """Return a 3x3 convolution with batch norm and ReLU; the output size is ``ceil(input / stride)``."""
     return nn.Sequential(
-        nn.Conv2d(in_channels, out_channels, kernel_size=3, stride=stride, padding=1, bias=False),
+        WideConv2d(in_channels, out_channels, kernel_size=3, stride=stride, padding=1),
         nn.BatchNorm2d(out_channels),
         nn.ReLU(inplace=True),
     )
@@ -43,7 +45,7 @@ class ResidualBlock(nn.Module):
             entry,
             nn.BatchNorm2d(channels),
             nn.ReLU(inplace=True),
-            nn.Conv2d(channels, channels, kernel_size=3, padding=1, bias=False),
+            WideConv2d(channels, channels, kernel_size=3, padding=1),
             nn.BatchNorm2d(channels),
         )
         self.shortcut = shortcut
@@ -52,14 +54,14 @@ class ResidualBlock(nn.Module):
     @classmethod
     def same(cls, channels: int, *, signed: bool = False) -> Self:
         """Build a block that keeps size and width; the shortcut is the identity."""
-        entry = nn.Conv2d(channels, channels, kernel_size=3, padding=1, bias=False)
+        entry = WideConv2d(channels, channels, kernel_size=3, padding=1)
         return cls(entry, nn.Identity(), channels, signed=signed)
 
     @classmethod
     def down(cls, in_channels: int, channels: int) -> Self:
         """Build a block that halves the size; the shortcut is a 1x1 convolution with stride 2."""
-        entry = nn.Conv2d(in_channels, channels, kernel_size=3, stride=2, padding=1, bias=False)
-        shortcut = nn.Conv2d(in_channels, channels, kernel_size=1, stride=2, bias=False)
+        entry = WideConv2d(in_channels, channels, kernel_size=3, stride=2, padding=1)
+        shortcut = WideConv2d(in_channels, channels, kernel_size=1, stride=2)
         return cls(entry, nn.Sequential(shortcut, nn.BatchNorm2d(channels)), channels)
 
     @classmethod

@@ -1,9 +1,9 @@
 """DSKD as an anomalib model."""
 
 import math
-from collections.abc import Mapping, Sequence
+from collections.abc import Mapping, Sequence, Sized
 from pathlib import Path
-from typing import Any
+from typing import Any, cast
 
 import torch
 from anomalib import LearningType
@@ -15,11 +15,15 @@ from anomalib.post_processing import PostProcessor
 from anomalib.pre_processing import PreProcessor
 from anomalib.visualization import Visualizer
 from lightning import Trainer, seed_everything
+from lightning.pytorch.trainer.states import TrainerFn
 from torch import Tensor, nn
+from torch.utils.data import DataLoader
 
 from anomalib_dskd.components.backbone import check_teacher, full_name
+from anomalib_dskd.components.batch_norm import fresh_statistics
+from anomalib_dskd.components.feature_cache import FeatureCache
 from anomalib_dskd.data.image_files import check_depths
-from anomalib_dskd.errors import ArgumentError, NotTrainedError
+from anomalib_dskd.errors import ArgumentError, DataError, NotTrainedError
 from anomalib_dskd.evaluation import RawScoreEvaluator, keep_raw_scores
 from anomalib_dskd.models.dskd.loss import DskdLoss
 from anomalib_dskd.models.dskd.torch_model import DskdModel, Embedding, Losses, MapPair
@@ -32,7 +36,16 @@ DEFAULT_TEACHER = "resnet18.tv_in1k"  # section 4.1.2; timm's own default tag ha
 DEFAULT_IMAGE_SIZE = (256, 256)  # section 4.1.2, for MVTec AD and MVTec 3D-AD
 ONNX_OPSET = 18  # torch's exporter writes it; asked for an older one, as anomalib does, it tries to convert and fails
 PRECISIONS = ("32-true", "64-true", "bf16-mixed", "16-mixed")
-TRAINING_ONLY = {"teacher_weights", "learning_rate", "betas", "weight_decay", "seed", "embedding_gradient"}
+TRAINING_ONLY = {
+    "batch_norm_images",
+    "betas",
+    "embedding_gradient",
+    "learning_rate",
+    "seed",
+    "teacher_cache",
+    "teacher_weights",
+    "weight_decay",
+}
 """Arguments that a trained model's results do not depend on any more."""
 
 
@@ -66,6 +79,12 @@ class Dskd(AnomalibModule):
         learning_rate: of Adam. Default: 0.001 (section 4.1.2).
         betas: of Adam. Default: (0.5, 0.999) (section 4.1.2).
         weight_decay: of Adam. Default: 0; the paper gives none.
+        batch_norm_images: training images from which the students' batch-norm statistics are estimated anew before
+            each evaluation within training; 0 keeps the running averages. Default, our choice: 256, see the
+            README's table of deviations.
+        teacher_cache: GiB of memory for the teacher's features of the training images, which are the same in each
+            epoch; what needs more is kept in a temporary file. 0 computes them in each epoch, as happens with
+            random augmentations and on a GPU. Default, our choice: 1.
         seed: initialise the students, and order the batches, from this number. A training that is resumed orders
             its batches anew. Default, anomalib's: unseeded.
         pre_processor: as in every anomalib model.
@@ -100,6 +119,8 @@ class Dskd(AnomalibModule):
         learning_rate: float = 1e-3,
         betas: tuple[float, float] = (0.5, 0.999),
         weight_decay: float = 0.0,
+        batch_norm_images: int = 256,
+        teacher_cache: float = 1.0,
         seed: int | None = None,
         pre_processor: PreProcessor | bool = True,
         post_processor: PostProcessor | bool = True,
@@ -107,7 +128,13 @@ class Dskd(AnomalibModule):
         visualizer: Visualizer | bool = True,
     ) -> None:
         _check_numbers(
-            l2_weight=l2_weight, sigma=sigma, learning_rate=learning_rate, betas=betas, weight_decay=weight_decay
+            l2_weight=l2_weight,
+            sigma=sigma,
+            learning_rate=learning_rate,
+            betas=betas,
+            weight_decay=weight_decay,
+            batch_norm_images=batch_norm_images,
+            teacher_cache=teacher_cache,
         )
         check_teacher(teacher)
         super().__init__(
@@ -120,6 +147,8 @@ class Dskd(AnomalibModule):
         self.learning_rate = learning_rate
         self.betas = betas
         self.weight_decay = weight_decay
+        self.batch_norm_images = batch_norm_images
+        self.teacher_cache = teacher_cache
         self.seed = seed
         with torch.random.fork_rng(devices=[], enabled=seed is not None):
             if seed is not None:
@@ -152,6 +181,16 @@ class Dskd(AnomalibModule):
         if self.seed is not None:
             seed_everything(self.seed, workers=True, verbose=False)
 
+    def on_train_start(self) -> None:
+        """Make room for the teacher's features of the training images."""
+        if self.teacher_cache > 0:
+            images = _images(_training_loader(self.trainer))
+            self.model.teacher_cache = FeatureCache(self.model.teacher, images=images, memory=self.teacher_cache)
+
+    def on_train_end(self) -> None:
+        """Free the room that the teacher's features took."""
+        self.model.teacher_cache = None
+
     def load_teacher_weights(self) -> None:
         """Find and load the teacher's pretrained weights; training does this by itself.
 
@@ -178,6 +217,30 @@ class Dskd(AnomalibModule):
         """Note that the students have learnt something, so that results may be asked of them."""
         self.model.is_trained = True
 
+    def on_train_epoch_end(self) -> None:
+        """Let the cache take stock; without a validation, make the model fit to be saved here."""
+        if self.model.teacher_cache is not None:
+            self.model.teacher_cache.end_epoch()
+        if not self.trainer.enable_validation:
+            self._refresh_batch_norm()
+
+    @torch.no_grad()
+    def _refresh_batch_norm(self) -> None:
+        """Estimate the students' batch-norm statistics from ``batch_norm_images`` training images, in random order."""
+        loader = _training_loader(self.trainer)
+        order = torch.randperm(_images(loader), generator=torch.Generator().manual_seed(0))
+        chosen, size = order[: self.batch_norm_images].tolist(), loader.batch_size or 1
+        was_training = self.model.training
+        self.model.train()
+        with fresh_statistics(self.model), self.trainer.precision_plugin.forward_context():
+            for start in range(0, len(chosen), size):
+                batch = loader.collate_fn([loader.dataset[index] for index in chosen[start : start + size]])
+                batch = self.trainer.strategy.batch_to_device(batch)
+                if isinstance(self.pre_processor, PreProcessor):
+                    self.pre_processor.on_train_batch_start(self.trainer, self, batch, 0)
+                self.model.student_features(batch.image.contiguous(memory_format=torch.channels_last))
+        self.model.train(was_training)
+
     def configure_optimizers(self) -> torch.optim.Optimizer:
         """Return Adam over both students and the embedding (section 4.1.2); the teacher is not in it."""
         students = [parameter for parameter in self.model.parameters() if parameter.requires_grad]
@@ -202,8 +265,10 @@ class Dskd(AnomalibModule):
     test_step = predict_step = validation_step  # type: ignore[assignment]
 
     def on_validation_start(self) -> None:
-        """Refuse to validate before training; within training, validation follows it."""
+        """Refuse to validate before training; within training, validate the weights as they are."""
         self._require_training("validate")
+        if self.trainer.state.fn == TrainerFn.FITTING:
+            self._refresh_batch_norm()
 
     def on_test_start(self) -> None:
         """Refuse to test before training."""
@@ -303,6 +368,18 @@ def _check_trainer(trainer: Trainer) -> None:
         raise ArgumentError(msg)
 
 
+def _training_loader(trainer: Trainer) -> DataLoader[Any]:
+    loader = trainer.train_dataloader
+    if not isinstance(loader, DataLoader):
+        msg = f"training images come from {type(loader).__name__}. Legal is one torch DataLoader."
+        raise DataError(msg)
+    return loader
+
+
+def _images(loader: DataLoader[Any]) -> int:
+    return len(cast("Sized", loader.dataset))
+
+
 def _resolve_pre_processor(
     pre_processor: nn.Module | bool, teacher: str, image_size: int | tuple[int, int] | None
 ) -> nn.Module | bool:
@@ -320,7 +397,12 @@ def _resolve_pre_processor(
     return create_pre_processor(teacher, (size[0], size[1]))
 
 
-def _check_numbers(*, betas: tuple[float, float], learning_rate: float, **not_negative: float) -> None:
+def _check_numbers(
+    *, betas: tuple[float, float], learning_rate: float, batch_norm_images: int, **not_negative: float
+) -> None:
+    if not (isinstance(batch_norm_images, int) and batch_norm_images >= 0):
+        msg = f"batch_norm_images {batch_norm_images!r} must be a whole number of images, or 0 for running averages."
+        raise ArgumentError(msg)
     for name, value in not_negative.items():
         if not (math.isfinite(value) and value >= 0):
             msg = f"{name} {value!r} must be a finite number, 0 or larger."

@@ -12,6 +12,7 @@ from torch.nn import functional as F  # noqa: N812
 from anomalib_dskd.components.backbone import Backbone
 from anomalib_dskd.components.decoder import DecoderStudent
 from anomalib_dskd.components.embedding import DeepFeatureEmbedding, DirectEmbedding
+from anomalib_dskd.components.feature_cache import FeatureCache
 from anomalib_dskd.components.teacher import Teacher
 from anomalib_dskd.errors import ArgumentError
 from anomalib_dskd.models.dskd.anomaly_map import AnomalyMapGenerator, anomaly_score
@@ -101,6 +102,8 @@ class DskdModel(nn.Module):
         if losses != "encoder":
             self.embedding = DeepFeatureEmbedding(levels, embedding_blocks) if embedding else DirectEmbedding(levels)
             self.decoder_student = DecoderStudent(levels)
+        self.teacher_cache: FeatureCache | None = None
+        """Set while training, to run the teacher once for each image instead of once in each epoch."""
         self.anomaly_map_generator = AnomalyMapGenerator(l2_weight=l2_weight, sigma=sigma)
 
     @property
@@ -129,13 +132,18 @@ class DskdModel(nn.Module):
         return self._training_features(images) if self.training else self._infer(images)
 
     def _training_features(self, images: Tensor) -> Features:
+        teacher = self.teacher if self.teacher_cache is None else self.teacher_cache
+        return Features(teacher=teacher(images), students=self.student_features(images))
+
+    def student_features(self, images: Tensor) -> dict[str, list[Tensor]]:
+        """Map images ``(B, 3, H, W)`` to the pyramids of the students that are distilled."""
         encoded = self.encoder_student(images)
         students = {}
         if self.losses != "decoder":
             students["encoder"] = encoded
         if self.losses != "encoder":
             students["decoder"] = self._decode(encoded)
-        return Features(teacher=self.teacher(images), students=students)
+        return students
 
     def _infer(self, images: Tensor) -> InferenceBatch:
         """Run only the networks that the map's pair needs."""

@@ -1,3 +1,4 @@
+import copy
 import inspect
 import warnings
 from pathlib import Path
@@ -13,6 +14,8 @@ from anomalib.pre_processing import PreProcessor
 from PIL import Image
 
 from anomalib_dskd import Dskd, MagneticTile
+from anomalib_dskd.components.feature_cache import FeatureCache
+from anomalib_dskd.components.teacher import Teacher
 from anomalib_dskd.errors import ArgumentError, DataError, NotTrainedError, TeacherWeightsError
 from anomalib_dskd.evaluation import RawScoreEvaluator
 from tests.conftest import TEACHER
@@ -119,6 +122,92 @@ def test_two_trainings_with_one_seed_give_the_same_weights(magnetic_tile_root, t
     for name, value in states[0].items():
         same = torch.equal(value, states[1][name]) if isinstance(value, torch.Tensor) else value == states[1][name]
         assert same, name
+
+
+def trained_anew(folder: Path, root: Path, weights: Path, *, epochs: int = 2, **arguments) -> Dskd:
+    trainer = {name: arguments.pop(name) for name in ("limit_val_batches", "logger") if name in arguments}
+    model = Dskd(teacher=TEACHER, teacher_weights=weights, image_size=64, seed=7, sigma=2.0, **arguments)
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")
+        data = MagneticTile(root, train_batch_size=4)
+        engine(folder, max_epochs=epochs, **trainer).fit(model, datamodule=data)
+    return model
+
+
+@pytest.mark.parametrize("validation_batches", [0, 1])
+def test_saved_batch_norm_statistics_are_those_of_the_last_weights(
+    magnetic_tile_root, teacher_weights, tmp_path, validation_batches
+):
+    root, weights = magnetic_tile_root, teacher_weights
+    # more images than there are: all of them, in one known order
+    model = trained_anew(tmp_path, root, weights, batch_norm_images=99, limit_val_batches=validation_batches)
+    loaded = Dskd.load_from_checkpoint(next(tmp_path.rglob("*.ckpt"))).model
+    data = MagneticTile(root, train_batch_size=4)
+    data.setup()
+    order = torch.randperm(8, generator=torch.Generator().manual_seed(0))
+    images = torch.cat([model.pre_processor.transform(data.train_data[int(index)].image[None]) for index in order])
+    net = copy.deepcopy(loaded).train()
+    seen = []
+    norm = net.decoder_student.stages[0][0].main[1]
+    norm.register_forward_pre_hook(lambda _, args: seen.append(args[0].transpose(0, 1).flatten(1)))
+    with torch.no_grad():
+        for batch in images.split(4):
+            net.student_features(batch)
+    saved = loaded.decoder_student.stages[0][0].main[1]
+    assert len(seen) == 2
+    torch.testing.assert_close(saved.running_mean, torch.stack([x.mean(1) for x in seen]).mean(0), atol=1e-4, rtol=1e-4)
+    torch.testing.assert_close(saved.running_var, torch.stack([x.var(1) for x in seen]).mean(0), atol=1e-4, rtol=1e-3)
+    assert saved.momentum == 0.1
+
+
+def test_fresh_batch_norm_statistics_leave_the_training_as_it_is(magnetic_tile_root, teacher_weights, tmp_path):
+    fresh, running = (
+        trained_anew(tmp_path / str(count), magnetic_tile_root, teacher_weights, batch_norm_images=count)
+        for count in (8, 0)
+    )
+    differ = set()
+    for (name, mine), theirs in zip(fresh.model.named_parameters(), running.model.parameters(), strict=True):
+        assert torch.equal(mine, theirs), name
+    for (name, mine), theirs in zip(fresh.model.named_buffers(), running.model.buffers(), strict=True):
+        if not torch.equal(mine, theirs):
+            differ.add((name.split(".")[0], name.rsplit(".")[-1]))
+    students = ("encoder_student", "embedding", "decoder_student")
+    statistics = ("running_mean", "running_var", "num_batches_tracked")
+    assert differ == {(student, statistic) for student in students for statistic in statistics}
+
+
+def test_teacher_runs_once_for_each_image_with_the_cache(magnetic_tile_root, teacher_weights, tmp_path, monkeypatch):
+    images, results = [], []
+    original = Teacher.forward
+    monkeypatch.setattr(Teacher, "forward", lambda self, batch: images.append(len(batch)) or original(self, batch))
+    for cache in (1.0, 0.0):
+        images.clear()
+        model = trained_anew(
+            tmp_path / str(cache),
+            magnetic_tile_root,
+            teacher_weights,
+            teacher_cache=cache,
+            limit_val_batches=0,
+            epochs=3,
+        )
+        results.append((sum(images), float(model.trainer.callback_metrics["train_loss"])))
+        assert model.model.teacher_cache is None  # its memory is free again
+    (cached, loss), (uncached, expected) = results
+    assert (cached, uncached) == (8, 24)
+    assert loss == pytest.approx(expected, rel=1e-3)  # Adam makes more of the rounding
+
+
+def test_losses_are_the_same_with_the_cache(tiny_model):
+    images = torch.randn(3, 3, 64, 64)
+    tiny_model.train()
+    features = tiny_model.model(images)
+    expected = tiny_model.loss(features.teacher, features.students)
+    tiny_model.model.teacher_cache = FeatureCache(tiny_model.model.teacher, images=3, memory=1.0)
+    for _ in range(2):
+        features = tiny_model.model(images)
+        losses = tiny_model.loss(features.teacher, features.students)
+        for student, loss in losses.items():
+            assert loss.item() == pytest.approx(expected[student].item(), abs=1e-6)
 
 
 def test_checkpoint_brings_the_teacher_and_the_result(trained):
@@ -261,6 +350,9 @@ def test_sixteen_bit_images_are_refused_in_training(tiny_model, tmp_path):
         ({"sigma": float("inf")}, "sigma inf must be a finite number"),
         ({"sigma": -1.0}, "sigma -1.0"),
         ({"weight_decay": -1.0}, "weight_decay -1.0"),
+        ({"teacher_cache": -0.5}, "teacher_cache -0.5 must be a finite number, 0 or larger"),
+        ({"batch_norm_images": -1}, "batch_norm_images -1 must be a whole number of images, or 0"),
+        ({"batch_norm_images": 1.5}, "batch_norm_images 1.5 must be a whole number"),
         ({"learning_rate": 0.0}, "learning_rate 0.0 must be a finite number larger than 0"),
         ({"betas": (0.5, 1.0)}, r"betas \(0.5, 1.0\) must be two numbers"),
         ({"image_size": 32}, "images of 32x32 pixels are too small: .* at least 64x64"),
