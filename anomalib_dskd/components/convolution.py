@@ -28,7 +28,7 @@ class WideConv2d(nn.Conv2d):
 
     def forward(self, features: Tensor) -> Tensor:
         """Map ``(B, C_in, H, W)`` to ``(B, C_out, h, w)``."""
-        if self.weight.requires_grad and torch.is_grad_enabled() and features.device.type == "cpu":
+        if self.training and self.weight.requires_grad and torch.is_grad_enabled() and features.device.type == "cpu":
             pixels = features.shape[0] * features.shape[2] * features.shape[3] // (self.stride[0] * self.stride[1])
             if 2 * pixels < self.weight[0].numel():
                 convolved: Tensor = _MatrixGradient.apply(features, self.weight, self.stride, self.padding)

@@ -91,3 +91,11 @@ def test_copies_and_loads_as_a_plain_convolution():
     ours, theirs, _ = pair(SHAPES[0])
     assert list(ours.state_dict()) == list(theirs.state_dict())
     assert isinstance(copy.deepcopy(ours), WideConv2d)
+
+
+def test_evaluation_is_a_plain_convolution_that_can_be_exported(taken):
+    ours, theirs, images = pair(SHAPES[0])
+    exported = torch.export.export(ours.eval(), (images,)).module()
+    torch.testing.assert_close(exported(images), theirs(images))
+    ours(images).sum().backward()
+    assert not taken
