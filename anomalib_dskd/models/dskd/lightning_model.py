@@ -7,7 +7,7 @@ from typing import Any, cast
 
 import torch
 from anomalib import LearningType
-from anomalib.data import ImageBatch, InferenceBatch
+from anomalib.data import AnomalibDataModule, ImageBatch, InferenceBatch
 from anomalib.deploy import CompressionType
 from anomalib.metrics import Evaluator
 from anomalib.models.components import AnomalibModule
@@ -22,6 +22,7 @@ from torch.utils.data import DataLoader
 from anomalib_dskd.components.backbone import check_teacher, full_name
 from anomalib_dskd.components.batch_norm import fresh_statistics
 from anomalib_dskd.components.feature_cache import FeatureCache
+from anomalib_dskd.data.image_cache import cache_training_images
 from anomalib_dskd.data.image_files import check_depths
 from anomalib_dskd.errors import ArgumentError, DataError, NotTrainedError
 from anomalib_dskd.evaluation import RawScoreEvaluator, keep_raw_scores
@@ -40,6 +41,7 @@ TRAINING_ONLY = {
     "batch_norm_images",
     "betas",
     "embedding_gradient",
+    "image_cache",
     "learning_rate",
     "seed",
     "teacher_cache",
@@ -85,6 +87,8 @@ class Dskd(AnomalibModule):
         teacher_cache: GiB of memory for the teacher's features of the training images, which are the same in each
             epoch; what needs more is kept in a temporary file. 0 computes them in each epoch, as happens with
             random augmentations and on a GPU. Default, our choice: 1.
+        image_cache: GiB of memory for decoded, resized training images; those beyond, and all of them with random
+            augmentations, are decoded in each epoch. Default, our choice: 1.
         seed: initialise the students, and order the batches, from this number. A training that is resumed orders
             its batches anew. Default, anomalib's: unseeded.
         pre_processor: as in every anomalib model.
@@ -121,6 +125,7 @@ class Dskd(AnomalibModule):
         weight_decay: float = 0.0,
         batch_norm_images: int = 256,
         teacher_cache: float = 1.0,
+        image_cache: float = 1.0,
         seed: int | None = None,
         pre_processor: PreProcessor | bool = True,
         post_processor: PostProcessor | bool = True,
@@ -135,6 +140,7 @@ class Dskd(AnomalibModule):
             weight_decay=weight_decay,
             batch_norm_images=batch_norm_images,
             teacher_cache=teacher_cache,
+            image_cache=image_cache,
         )
         check_teacher(teacher)
         super().__init__(
@@ -149,6 +155,7 @@ class Dskd(AnomalibModule):
         self.weight_decay = weight_decay
         self.batch_norm_images = batch_norm_images
         self.teacher_cache = teacher_cache
+        self.image_cache = image_cache
         self.seed = seed
         with torch.random.fork_rng(devices=[], enabled=seed is not None):
             if seed is not None:
@@ -171,6 +178,13 @@ class Dskd(AnomalibModule):
             self.model.check_size(*self.input_size)
 
     # --- training -----------------------------------------------------------------------------------------------
+
+    def setup(self, stage: str | None = None) -> None:
+        """Let anomalib's data module, if there is one, decode each training image once."""
+        super().setup(stage)
+        data = getattr(self.trainer, "datamodule", None)
+        if stage == TrainerFn.FITTING and isinstance(data, AnomalibDataModule):
+            cache_training_images(data, memory=self.image_cache)
 
     def on_fit_start(self) -> None:
         """Load the teacher's weights, unless a checkpoint has brought them, and seed the order of the batches."""

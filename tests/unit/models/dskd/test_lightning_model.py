@@ -16,6 +16,7 @@ from PIL import Image
 from anomalib_dskd import Dskd, MagneticTile
 from anomalib_dskd.components.feature_cache import FeatureCache
 from anomalib_dskd.components.teacher import Teacher
+from anomalib_dskd.data import magnetic_tile
 from anomalib_dskd.errors import ArgumentError, DataError, NotTrainedError, TeacherWeightsError
 from anomalib_dskd.evaluation import RawScoreEvaluator
 from tests.conftest import TEACHER
@@ -197,6 +198,28 @@ def test_teacher_runs_once_for_each_image_with_the_cache(magnetic_tile_root, tea
     assert loss == pytest.approx(expected, rel=1e-3)  # Adam makes more of the rounding
 
 
+def test_images_are_decoded_once_and_train_the_same(magnetic_tile_root, teacher_weights, tmp_path, monkeypatch):
+    read, results = [], []
+    original = magnetic_tile.read_named_image
+    monkeypatch.setattr(magnetic_tile, "read_named_image", lambda path: read.append(path) or original(path))
+    for cache in (1.0, 0.0):
+        read.clear()
+        model = trained_anew(
+            tmp_path / str(cache),
+            magnetic_tile_root,
+            teacher_weights,
+            image_cache=cache,
+            batch_norm_images=0,
+            limit_val_batches=0,
+            epochs=3,
+        )
+        results.append((len(read), model.model))
+    (cached, mine), (uncached, theirs) = results
+    assert (cached, uncached) == (1 + 8, 3 * 8)  # one more to learn the size
+    for (name, weight), other in zip(mine.named_parameters(), theirs.parameters(), strict=True):
+        assert torch.equal(weight, other), name
+
+
 def test_losses_are_the_same_with_the_cache(tiny_model):
     images = torch.randn(3, 3, 64, 64)
     tiny_model.train()
@@ -351,6 +374,7 @@ def test_sixteen_bit_images_are_refused_in_training(tiny_model, tmp_path):
         ({"sigma": -1.0}, "sigma -1.0"),
         ({"weight_decay": -1.0}, "weight_decay -1.0"),
         ({"teacher_cache": -0.5}, "teacher_cache -0.5 must be a finite number, 0 or larger"),
+        ({"image_cache": -1.0}, "image_cache -1.0 must be a finite number"),
         ({"batch_norm_images": -1}, "batch_norm_images -1 must be a whole number of images, or 0"),
         ({"batch_norm_images": 1.5}, "batch_norm_images 1.5 must be a whole number"),
         ({"learning_rate": 0.0}, "learning_rate 0.0 must be a finite number larger than 0"),

@@ -1,0 +1,143 @@
+"""Decoded, resized training images, kept from one epoch to the next."""
+
+import logging
+import mmap
+from typing import Any
+
+import numpy as np
+import torch
+from anomalib.data import AnomalibDataModule
+from anomalib.data.dataclasses import ImageItem
+from anomalib.data.datasets.base import AnomalibDataset
+from torch import nn
+from torch.utils.data import Dataset
+from torchvision.transforms import v2
+from torchvision.tv_tensors import Image, Mask
+
+__all__ = ["CachedImages", "cache_training_images", "is_deterministic"]
+
+logger = logging.getLogger(__name__)
+
+GIB = 2**30
+DETERMINISTIC = (v2.CenterCrop, v2.Grayscale, v2.Identity, v2.Normalize, v2.Pad, v2.Resize, v2.ToDtype, v2.ToImage)
+"""Transforms without chance. Any that is not listed counts as random: that costs time, never a wrong image."""
+NEW, WITH_MASK, WITHOUT_MASK, LEFT_OUT = range(4)
+
+
+def cache_training_images(data: AnomalibDataModule, *, memory: float) -> None:
+    """Let a data module that has been set up decode each training image once, where its augmentations allow it.
+
+    Reading a JPEG or PNG anew in each epoch costs more than a training step's share of it on a small processor.
+
+    Args:
+        data: its ``train_data`` is wrapped; with random augmentations, or twice, nothing is done.
+        memory: GiB for the images; those beyond are decoded in each epoch. 0 caches none.
+    """
+    dataset = data.train_data
+    if memory <= 0 or isinstance(dataset, CachedImages) or not len(dataset):
+        return
+    if not is_deterministic(dataset.augmentations):
+        logger.info("training images are decoded in each epoch: %s may be random", dataset.augmentations)
+        return
+    data.train_data = CachedImages(dataset, memory=memory)
+
+
+def is_deterministic(transform: nn.Module | None) -> bool:
+    """Whether a transform is known to give the same result each time.
+
+    >>> is_deterministic(v2.Compose([v2.Resize(8), v2.ToDtype(torch.float32)])), is_deterministic(v2.RandomCrop(8))
+    (True, False)
+    """
+    if isinstance(transform, v2.Compose):
+        return all(is_deterministic(part) for part in transform.transforms)
+    if isinstance(transform, nn.Sequential):
+        return all(is_deterministic(part) for part in transform)
+    return transform is None or type(transform) in DETERMINISTIC
+
+
+class CachedImages(Dataset[ImageItem]):
+    """An anomalib data set that decodes a good image once, and gives the same item the next time.
+
+    The images are in memory that worker processes share, so that what one has decoded in an epoch is there for
+    all in the next. Where processes are spawned instead of forked (Windows, macOS), workers decode each time.
+    Images with a defect, or of another size than the first, are left alone.
+
+    Args:
+        dataset: the data set that reads files. Everything but its items is its own.
+        memory: GiB for the images.
+    """
+
+    def __init__(self, dataset: AnomalibDataset, *, memory: float) -> None:
+        self.dataset = dataset
+        self.memory = memory
+        self._start_anew()
+
+    def _start_anew(self) -> None:
+        image = torch.as_tensor(self.dataset[0].image)
+        self._shape, size = image.shape, image.numel() * image.element_size()
+        rows = min(len(self.dataset), int(self.memory * GIB) // size)
+        self._images = self._states = None
+        if rows and image.dtype == torch.float32:
+            self._images = _shared(rows * size, np.float32).reshape(rows, *self._shape)
+            self._states = _shared(rows, np.uint8)
+
+    def __len__(self) -> int:
+        """Return the number of images."""
+        return len(self.dataset)
+
+    def __getattr__(self, name: str) -> Any:  # noqa: ANN401 - whatever the data set has
+        if name in {"dataset", "_images", "_states"}:  # not there yet: while it is unpickled
+            raise AttributeError(name)
+        return getattr(self.dataset, name)
+
+    def __getstate__(self) -> dict[str, Any]:
+        """Leave out the memory, which cannot be sent to another process."""
+        return {**vars(self), "_images": None, "_states": None}
+
+    @property
+    def augmentations(self) -> nn.Module | None:
+        """Transforms that the data set applies."""
+        transform: nn.Module | None = self.dataset.augmentations
+        return transform
+
+    @augmentations.setter
+    def augmentations(self, augmentations: nn.Module | None) -> None:
+        if augmentations is not self.dataset.augmentations:
+            self.dataset.augmentations = augmentations
+            self._start_anew()
+
+    def __getitem__(self, index: int) -> ImageItem:
+        """Return an item, from memory if it has been read before."""
+        if self._images is None or self._states is None or index >= len(self._states):
+            return self.dataset[index]
+        state = self._states[index]
+        if state in {WITH_MASK, WITHOUT_MASK}:
+            return self._item(index, with_mask=bool(state == WITH_MASK))
+        item = self.dataset[index]
+        if state == NEW:
+            self._states[index] = self._keep(index, item)
+        return item
+
+    def _keep(self, index: int, item: ImageItem) -> int:
+        assert self._images is not None  # the caller has looked
+        image, mask = torch.as_tensor(item.image), item.gt_mask
+        if image.shape != self._shape or item.gt_label or (mask is not None and torch.as_tensor(mask).any()):
+            return LEFT_OUT
+        self._images[index] = image.numpy()
+        return WITHOUT_MASK if mask is None else WITH_MASK
+
+    def _item(self, index: int, *, with_mask: bool) -> ImageItem:
+        assert self._images is not None  # the caller has looked
+        sample = self.dataset.samples.iloc[index]
+        return ImageItem(
+            image=Image(torch.from_numpy(self._images[index])),
+            gt_mask=Mask(torch.zeros(self._shape[-2:], dtype=torch.uint8)) if with_mask else None,
+            gt_label=torch.tensor(sample.label_index),
+            image_path=sample.image_path,
+            mask_path=sample.mask_path,
+        )
+
+
+def _shared(size: int, dtype: type[np.generic]) -> np.ndarray:
+    """Return zeros that forked processes share; not in /dev/shm, which containers keep small."""
+    return np.frombuffer(mmap.mmap(-1, size), dtype=dtype)

@@ -1,0 +1,124 @@
+import logging
+import pickle
+
+import pytest
+import torch
+from torch.utils.data import DataLoader
+from torchvision.transforms import v2
+
+from anomalib_dskd import MagneticTile
+from anomalib_dskd.data import magnetic_tile
+from anomalib_dskd.data.image_cache import CachedImages, cache_training_images, is_deterministic
+
+
+@pytest.fixture
+def data(magnetic_tile_root) -> MagneticTile:
+    module = MagneticTile(magnetic_tile_root, augmentations=v2.Resize((32, 32), antialias=False))
+    module.setup()
+    return module
+
+
+@pytest.fixture
+def read(monkeypatch) -> list[str]:
+    """Names of the files that are decoded."""
+    paths, original = [], magnetic_tile.read_named_image
+    monkeypatch.setattr(magnetic_tile, "read_named_image", lambda path: paths.append(path) or original(path))
+    return paths
+
+
+def same(first, second) -> bool:
+    fields = ("image", "gt_mask", "gt_label")
+    tensors = all(torch.equal(getattr(first, name), getattr(second, name)) for name in fields)
+    types = all(type(getattr(first, name)) is type(getattr(second, name)) for name in fields)
+    return tensors and types and (first.image_path, first.mask_path) == (second.image_path, second.mask_path)
+
+
+def test_second_epoch_decodes_nothing_and_gives_the_same_items(data, read):
+    expected = [data.train_data[index] for index in range(8)]
+    cache_training_images(data, memory=1.0)
+    read.clear()
+    for epoch in range(2):
+        assert all(same(data.train_data[index], expected[index]) for index in range(8)), epoch
+    assert len(read) == 8
+
+
+def test_memory_is_a_limit(data, read):
+    cache_training_images(data, memory=3 * 3 * 32 * 32 * 4 / 2**30)
+    read.clear()
+    for _ in range(3):
+        assert [item.image.shape for item in data.train_data] == [(3, 32, 32)] * 8
+    assert len(read) == 3 + 3 * 5
+
+
+def test_workers_share_what_one_has_decoded(data):
+    expected = [data.train_data[index].image for index in range(8)]
+    cache_training_images(data, memory=1.0)
+    loader = DataLoader(data.train_data, num_workers=2, collate_fn=data.train_data.collate_fn)
+    for _ in loader:
+        pass
+    assert data.train_data._states.tolist() == [1] * 8  # filled in the workers, seen here
+    for batch, image in zip(loader, expected, strict=True):
+        assert torch.equal(batch.image[0], image)
+
+
+def test_random_augmentations_are_never_frozen(data, caplog):
+    data.train_data.augmentations = v2.Compose([v2.Resize((32, 32)), v2.RandomHorizontalFlip()])
+    with caplog.at_level(logging.INFO, "anomalib_dskd"):
+        cache_training_images(data, memory=1.0)
+    assert not isinstance(data.train_data, CachedImages)
+    assert "RandomHorizontalFlip" in caplog.text
+
+
+def test_new_augmentations_empty_the_cache(data):
+    cache_training_images(data, memory=1.0)
+    assert data.train_data[0].image.shape == (3, 32, 32)
+    data.train_data.augmentations = v2.Resize((16, 16))
+    assert data.train_data[0].image.shape == (3, 16, 16)
+    assert data.train_data[0].image.shape == (3, 16, 16)
+
+
+def test_defects_are_always_read(data, read):
+    cached = CachedImages(data.test_data, memory=1.0)
+    defect = int(data.test_data.samples.index[data.test_data.samples.label_index == 1][0])
+    read.clear()
+    for _ in range(2):
+        assert cached[defect].gt_mask.any()
+    assert len(read) == 2
+
+
+def test_everything_else_is_the_data_sets_own(data):
+    original = data.train_data
+    cache_training_images(data, memory=1.0)
+    cache_training_images(data, memory=1.0)  # twice is once
+    assert data.train_data.dataset is original
+    assert data.train_data.task == original.task
+    assert data.train_data.samples is original.samples
+    assert len(data.train_data) == 8
+
+
+def test_a_copy_in_another_process_reads_for_itself(data):
+    cached = CachedImages(data.train_data, memory=1.0)
+    copied = pickle.loads(pickle.dumps(cached))
+    assert same(copied[3], cached[3])
+    assert same(copied[3], cached[3])
+
+
+def test_no_memory_no_cache(data):
+    original = data.train_data
+    cache_training_images(data, memory=0)
+    assert data.train_data is original
+
+
+@pytest.mark.parametrize(
+    ("transform", "expected"),
+    [
+        (None, True),
+        (v2.Compose([v2.Resize(8), v2.Normalize([0.5], [0.5])]), True),
+        (torch.nn.Sequential(v2.CenterCrop(8)), True),
+        (v2.Compose([v2.Resize(8), v2.Compose([v2.ColorJitter(0.1)])]), False),
+        (v2.RandomApply([v2.Resize(8)]), False),
+        (v2.Lambda(lambda image: image), False),
+    ],
+)
+def test_only_transforms_without_chance_are_deterministic(transform, expected):
+    assert is_deterministic(transform) is expected
