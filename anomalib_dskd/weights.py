@@ -24,7 +24,7 @@ from torch import Tensor
 from anomalib_dskd.components.backbone import Backbone, full_name
 from anomalib_dskd.errors import TeacherWeightsError
 
-__all__ = ["WEIGHTS_FOLDER_VARIABLE", "TeacherWeights", "find_teacher_weights"]
+__all__ = ["WEIGHTS_FOLDER_VARIABLE", "TeacherWeights", "find_teacher_weights", "hub_repository"]
 
 WEIGHTS_FOLDER_VARIABLE = "ANOMALIB_DSKD_WEIGHTS"
 """Environment variable that names a folder of ``<teacher>.safetensors`` (or ``.pth``, ``.pt``, ``.bin``) files."""
@@ -71,6 +71,31 @@ class TeacherWeights:
         own = backbone.network.state_dict()
         backbone.network.load_state_dict({key: by_canonical.get(_canonical(key), own[key]) for key in own})
 
+    def completed(self, architecture: str) -> dict[str, Tensor]:
+        """Return a whole architecture's tensors by timm's names, NaN where the file has none.
+
+        For loaders that insist on layers that no feature level reaches.
+
+        Raises:
+            TeacherWeightsError: file missing or unreadable, or it has tensors that the architecture does not know.
+        """
+        loaded = _read(self.path)
+        full = timm.create_model(architecture, pretrained=False).state_dict()
+        by_canonical = {_canonical(key): tensor for key, tensor in loaded.items()}
+        known = {_canonical(key): tensor.shape for key, tensor in full.items()}
+        strange = [key for key, tensor in loaded.items() if known.get(_canonical(key)) != tensor.shape]
+        if strange:
+            msg = (
+                f"weights {str(self.path)!r} do not fit {architecture!r}: it does not know, or in another shape, "
+                f"{_some(strange)}. Give the file that belongs to this architecture."
+            )
+            raise TeacherWeightsError(msg)
+        return {key: by_canonical.get(_canonical(key), _nan_like(tensor)) for key, tensor in full.items()}
+
+
+def _nan_like(tensor: Tensor) -> Tensor:
+    return torch.full_like(tensor, torch.nan) if tensor.is_floating_point() else tensor
+
 
 def find_teacher_weights(teacher: str, weights: str | Path | None = None) -> TeacherWeights:
     """Find the file that holds the pretrained weights of ``teacher``.
@@ -100,7 +125,7 @@ def find_teacher_weights(teacher: str, weights: str | Path | None = None) -> Tea
 
 
 def _advice(name: str) -> str:
-    if _hub_repository(name) is None:
+    if hub_repository(name) is None:
         return "timm publishes none for it: give a file as --model.teacher_weights, or choose another teacher."
     return (
         f"On a machine with a network run\n"
@@ -151,7 +176,7 @@ def _in_lite_package(name: str, tried: list[str]) -> TeacherWeights | None:
 
 
 def _in_cache(name: str, tried: list[str]) -> TeacherWeights | None:
-    repository = _hub_repository(name)
+    repository = hub_repository(name)
     if repository is None:
         return None  # the hub's line tells
     for file in HUB_FILES:
@@ -163,7 +188,7 @@ def _in_cache(name: str, tried: list[str]) -> TeacherWeights | None:
 
 
 def _from_hub(name: str, tried: list[str]) -> TeacherWeights | None:
-    repository = _hub_repository(name)
+    repository = hub_repository(name)
     if repository is None:
         tried.append(f"Hugging Face hub: timm names no repository for {name}")
         return None
@@ -190,7 +215,8 @@ def _is_absent(error: Exception) -> bool:
     return isinstance(error, errors.EntryNotFoundError) and not isinstance(error, errors.LocalEntryNotFoundError)
 
 
-def _hub_repository(name: str) -> str | None:
+def hub_repository(name: str) -> str | None:
+    """Return the model hub's name for the pretrained weights of a timm model and tag, if it has them."""
     cfg = get_pretrained_cfg(name)
     repository = getattr(cfg, "hf_hub_id", None)
     return str(repository) + name if repository and str(repository).endswith("/") else repository

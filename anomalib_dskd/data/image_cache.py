@@ -2,7 +2,7 @@
 
 import logging
 import mmap
-from typing import Any
+from typing import Any, cast
 
 import numpy as np
 import torch
@@ -39,7 +39,7 @@ def cache_training_images(data: AnomalibDataModule, *, memory: float) -> None:
     if not is_deterministic(dataset.augmentations):
         logger.info("training images are decoded in each epoch: %s may be random", dataset.augmentations)
         return
-    data.train_data = CachedImages(dataset, memory=memory)
+    data.train_data = cast("AnomalibDataset", CachedImages(dataset, memory=memory))
 
 
 def is_deterministic(transform: nn.Module | None) -> bool:
@@ -109,14 +109,17 @@ class CachedImages(Dataset[ImageItem]):
     def __getitem__(self, index: int) -> ImageItem:
         """Return an item, from memory if it has been read before."""
         if self._images is None or self._states is None or index >= len(self._states):
-            return self.dataset[index]
+            return self._read(index)
         state = self._states[index]
         if state in {WITH_MASK, WITHOUT_MASK}:
             return self._item(index, with_mask=bool(state == WITH_MASK))
-        item = self.dataset[index]
+        item = self._read(index)
         if state == NEW:
             self._states[index] = self._keep(index, item)
         return item
+
+    def _read(self, index: int) -> ImageItem:
+        return cast("ImageItem", self.dataset[index])
 
     def _keep(self, index: int, item: ImageItem) -> int:
         assert self._images is not None  # the caller has looked

@@ -179,7 +179,7 @@ class Dskd(AnomalibModule):
 
     # --- training -----------------------------------------------------------------------------------------------
 
-    def setup(self, stage: str | None = None) -> None:
+    def setup(self, stage: str) -> None:
         """Let anomalib's data module, if there is one, decode each training image once."""
         super().setup(stage)
         data = getattr(self.trainer, "datamodule", None)

@@ -1,0 +1,1 @@
+"""Compare detectors side by side: the same images, weights and measurements for all."""

@@ -1,0 +1,139 @@
+"""A benchmark's folder on disk: what it compares, and each result from the moment that it is there."""
+
+import difflib
+import json
+import os
+from pathlib import Path
+from types import TracebackType
+from typing import Any
+
+from filelock import FileLock, Timeout
+from typing_extensions import Self
+
+from anomalib_dskd.errors import ArgumentError, DataError
+
+__all__ = ["RunFolder", "read_results"]
+
+CONFIG = "config.yaml"
+RESULTS = "results.jsonl"
+
+
+class RunFolder:
+    """Holds ``config.yaml``, ``results.jsonl`` with one line a finished job, and a folder for each job.
+
+    A result is on disk before the next job starts. Use it as a context manager: only one process may write.
+
+    Args:
+        path: the folder; made if it is not there.
+        config: the configuration as YAML, without what does not change results (the folder, the runner).
+
+    Raises:
+        ArgumentError: the folder holds the results of another configuration, or another process writes there.
+        DataError: the folder cannot be written.
+    """
+
+    def __init__(self, path: Path, config: str) -> None:
+        self.path = path
+        self.config = config
+        self._lock = FileLock(path / ".lock", timeout=0)
+
+    def __enter__(self) -> Self:
+        try:
+            self.path.mkdir(parents=True, exist_ok=True)
+            self._lock.acquire()
+            self._keep_config()
+            self._drop_half_line()
+        except Timeout as error:
+            msg = f"run folder {str(self.path)!r} is in use by another benchmark. Wait for it, or give another folder."
+            raise ArgumentError(msg) from error
+        except OSError as error:
+            self._lock.release()
+            raise DataError(self._cannot_write(error)) from error
+        except ArgumentError:
+            self._lock.release()
+            raise
+        return self
+
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, traceback: TracebackType | None
+    ) -> None:
+        self._lock.release()
+
+    def job_folder(self, job_id: str) -> Path:
+        """Return the folder of a job's log and predictions, made if it is not there."""
+        folder = self.path / "jobs" / job_id
+        folder.mkdir(parents=True, exist_ok=True)
+        return folder
+
+    def finished(self) -> set[str]:
+        """Return the jobs that are done; one that failed is to be tried again."""
+        return {record["job"] for record in read_results(self.path) if record["status"] == "done"}
+
+    def append(self, record: dict[str, Any]) -> None:
+        """Write a job's result down at once.
+
+        Raises:
+            DataError: the disk is full, or the folder cannot be written.
+        """
+        line = json.dumps(record, sort_keys=True) + "\n"
+        try:
+            with (self.path / RESULTS).open("a", encoding="utf-8") as file:
+                file.write(line)
+                file.flush()
+                os.fsync(file.fileno())
+        except OSError as error:
+            raise DataError(self._cannot_write(error)) from error
+
+    def _keep_config(self) -> None:
+        kept = self.path / CONFIG
+        if not kept.is_file():
+            kept.write_text(self.config, encoding="utf-8")
+            return
+        before = kept.read_text(encoding="utf-8")
+        if before != self.config:
+            changes = difflib.unified_diff(before.splitlines(), self.config.splitlines(), lineterm="", n=0)
+            changed = "\n".join(line for line in changes if not line.startswith(("---", "+++", "@@")))
+            msg = (
+                f"run folder {str(self.path)!r} holds results of another configuration (- there, + now):\n{changed}\n"
+                "Give another --run_folder, or the same configuration as before."
+            )
+            raise ArgumentError(msg)
+
+    def _drop_half_line(self) -> None:
+        """Cut off a line that a killed process left unfinished, so that the next one starts afresh."""
+        results = self.path / RESULTS
+        if not results.is_file():
+            return
+        contents = results.read_bytes()
+        if contents and not contents.endswith(b"\n"):
+            with results.open("r+b") as file:
+                file.truncate(contents.rfind(b"\n") + 1)
+
+    def _cannot_write(self, error: OSError) -> str:
+        return (
+            f"run folder {str(self.path)!r} cannot be written: {error}. Finished results are kept; make room or "
+            "change the permissions, and give the same command again."
+        )
+
+
+def read_results(path: Path) -> list[dict[str, Any]]:
+    """Return the latest result of each job, in the order in which the jobs were first finished.
+
+    A last line that was cut off is left out.
+
+    Raises:
+        DataError: another line is no result.
+    """
+    results = path / RESULTS
+    if not results.is_file():
+        return []
+    lines = results.read_text(encoding="utf-8").split("\n")
+    latest: dict[str, dict[str, Any]] = {}
+    for number, line in enumerate(lines[:-1], start=1):  # what follows the last line's end is empty, or cut off
+        try:
+            record = json.loads(line)
+            latest[record["job"]] = record
+        except (ValueError, TypeError, KeyError) as error:
+            msg = f"line {number} of {str(results)!r} is no result of a benchmark: {error}. Remove that line."
+            raise DataError(msg) from error
+    return list(latest.values())

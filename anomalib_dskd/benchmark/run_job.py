@@ -1,0 +1,309 @@
+"""One job of a benchmark, from construction to figures, in a process of its own."""
+
+import importlib
+import importlib.metadata
+import inspect
+import os
+import platform
+import statistics
+import subprocess
+import time
+from collections.abc import Callable
+from dataclasses import asdict
+from datetime import datetime, timezone
+from pathlib import Path
+from tempfile import TemporaryDirectory
+from typing import Any
+
+import torch
+from anomalib.data import AnomalibDataModule
+from anomalib.deploy import CompressionType
+from anomalib.engine import Engine
+from anomalib.models.components import AnomalibModule
+from jsonargparse import ArgumentParser
+from lightning import Callback, LightningModule, Trainer, seed_everything
+
+import anomalib_dskd
+from anomalib_dskd.benchmark.config import Job
+from anomalib_dskd.benchmark.hub_cache import describe_weights
+from anomalib_dskd.benchmark.predictions import ScoreRecorder, figures, figures_by_class
+from anomalib_dskd.benchmark.speed import measure_cost, measure_openvino, measure_pytorch, peak_memory_mib
+from anomalib_dskd.errors import ArgumentError
+
+__all__ = ["check_job", "failure", "run_job"]
+
+Report = Callable[[float, str], None]
+"""Takes the fraction of the job that is done, and what it is at."""
+
+TRAINING_SHARE = 0.9  # of a job's time, for the progress bar
+PREDICTIONS = "predictions.npz"
+
+
+def run_job(job: Job, folder: Path, report: Report) -> dict[str, Any]:
+    """Build, train, test and measure a model.
+
+    Args:
+        job: what to do.
+        folder: where the predictions are kept.
+        report: is told about the progress.
+
+    Returns:
+        The job's line in the results.
+    """
+    started = _now()
+    seed_everything(job.seed, workers=True, verbose=False)  # before anything draws random numbers
+    data = _build(AnomalibDataModule, job.data_class_path, _data_arguments(job))
+    model = _build(AnomalibModule, job.class_path, _model_arguments(job))
+    seed_everything(job.seed, workers=True, verbose=False)  # models draw different numbers: data order is the same
+    clock, recorder = _Clock(report), ScoreRecorder()
+    with TemporaryDirectory(prefix="anomalib-dskd-") as scratch:
+        report(0.0, "preparing")
+        start = time.perf_counter()
+        trainer = _fit(job, model, data, clock, Path(scratch))
+        fit_seconds = time.perf_counter() - start
+        report(TRAINING_SHARE, "testing")
+        _test(job, model, data, recorder, Path(scratch))
+    memory = peak_memory_mib()
+    predictions = recorder.predictions(_classes(data))
+    predictions.save(folder / PREDICTIONS)
+    report(TRAINING_SHARE, "computing figures")
+    images = len(data.train_data)
+    record = {
+        **_identity(job),
+        "status": "done",
+        "reason": None,
+        "figures": figures(predictions),
+        "classes": figures_by_class(predictions),
+        "training": {
+            "fit_seconds": fit_seconds,
+            "epochs": trainer.current_epoch,
+            "images": images,
+            "images_per_second": images / clock.seconds_an_epoch if clock.seconds_an_epoch else None,
+        },
+        "weights": describe_weights(job.weights),
+        "machine": machine(),
+        "started": started,
+    }
+    report(TRAINING_SHARE, "measuring")
+    trained = sum(p.numel() for group in trainer.optimizers for g in group.param_groups for p in g["params"])
+    record["cost"] = {"peak_memory_mib": memory, **measure_cost(model, job.image_size, trained)}
+    record.update(_speed(job, model, data))
+    record["cost"]["export_mib"] = record.pop("export_mib")
+    return {**record, "finished": _now()}
+
+
+def check_job(job: Job) -> None:
+    """Raise an error unless the job's classes can be imported and take its arguments.
+
+    Raises:
+        ArgumentError: what is wrong, with the model's or data set's name.
+    """
+    for base, class_path, arguments in (
+        (AnomalibDataModule, job.data_class_path, _data_arguments(job)),
+        (AnomalibModule, job.class_path, job.init_args),
+    ):
+        _parser(base, class_path, arguments)
+
+
+def failure(job: Job, reason: str, started: str | None = None) -> dict[str, Any]:
+    """Return the line in the results of a job that failed."""
+    return {**_identity(job), "status": "failed", "reason": reason, "started": started or _now(), "finished": _now()}
+
+
+def _identity(job: Job) -> dict[str, Any]:
+    names = ("model", "class_path", "init_args", "data", "category", "seed", "epochs", "epochs_source")
+    values = asdict(job)
+    return {
+        "job": job.id,
+        **{name: values[name] for name in names},
+        "image_size": list(job.image_size),
+        "precision": job.precision,
+        "accelerator": job.accelerator,
+    }
+
+
+# --- building ----------------------------------------------------------------------------------------------------
+
+
+def _data_arguments(job: Job) -> dict[str, Any]:
+    return {**job.data_init_args, **({"category": job.category} if job.category is not None else {})}
+
+
+def _model_arguments(job: Job) -> dict[str, Any]:
+    """Add the image size in the way that the model takes it, and leave out what would only cost time."""
+    arguments = {"visualizer": False, "evaluator": False, **job.init_args}
+    if "pre_processor" in arguments or "image_size" in arguments:
+        return arguments
+    model_class = _import(job.class_path)
+    if "image_size" in inspect.signature(model_class).parameters:
+        return {**arguments, "image_size": job.image_size}
+    # anomalib's models take a size through their own pre-processor alone, which has their authors' normalisation
+    return {**arguments, "pre_processor": model_class.configure_pre_processor(image_size=job.image_size)}
+
+
+def _build(base: type, class_path: str, arguments: dict[str, Any]) -> Any:  # noqa: ANN401 - a model or data module
+    """Build what the YAML asks for, as anomalib's own command line does."""
+    parser, parsed = _parser(base, class_path, arguments)
+    return parser.instantiate_classes(parsed).subject
+
+
+def _parser(base: type, class_path: str, arguments: dict[str, Any]) -> tuple[ArgumentParser, Any]:
+    parser = ArgumentParser(exit_on_error=False)
+    parser.add_argument("--subject", type=base)
+    try:
+        return parser, parser.parse_object({"subject": {"class_path": class_path, "init_args": arguments}})
+    except Exception as error:  # jsonargparse raises many kinds
+        what = "model" if base is AnomalibModule else "data module"
+        msg = (
+            f"{class_path!r} with arguments {arguments} is no {what} that can be built: {error}. Give the class's full "
+            "name, such as 'anomalib_dskd.Dskd', and arguments that its constructor takes."
+        )
+        raise ArgumentError(msg) from error
+
+
+def _import(class_path: str) -> type[AnomalibModule]:
+    module, _, name = class_path.rpartition(".")
+    imported: type[AnomalibModule] = getattr(importlib.import_module(module), name)
+    return imported
+
+
+# --- training and testing ----------------------------------------------------------------------------------------
+
+
+class _Clock(Callback):
+    """Measures epochs, and reports progress."""
+
+    def __init__(self, report: Report) -> None:
+        self._report = report
+        self._starts: list[float] = []
+        self._seconds: list[float] = []
+
+    @property
+    def seconds_an_epoch(self) -> float | None:
+        """Median duration of an epoch's training, without the first if there are others."""
+        later = self._seconds[1:] or self._seconds
+        return statistics.median(later) if later else None
+
+    def on_train_epoch_start(self, trainer: Trainer, pl_module: LightningModule) -> None:  # noqa: ARG002
+        self._starts.append(time.perf_counter())
+
+    def on_train_batch_end(self, trainer: Trainer, pl_module: LightningModule, *arguments: Any) -> None:  # noqa: ANN401, ARG002
+        batch, batches = arguments[-1] + 1, trainer.num_training_batches
+        if batch == batches:  # what follows is validation
+            self._seconds.append(time.perf_counter() - self._starts[-1])
+        epochs = trainer.max_epochs or 1
+        done = (trainer.current_epoch + batch / batches) / epochs
+        self._report(TRAINING_SHARE * done, f"epoch {trainer.current_epoch + 1} of {epochs}")
+
+
+def _engine(job: Job, folder: Path, callbacks: list[Callback], **arguments: Any) -> Engine:  # noqa: ANN401
+    return Engine(
+        default_root_dir=folder,
+        callbacks=callbacks,
+        accelerator=job.accelerator,
+        devices=job.devices,
+        logger=False,
+        enable_progress_bar=False,
+        enable_model_summary=False,
+        **arguments,
+    )
+
+
+def _fit(job: Job, model: AnomalibModule, data: AnomalibDataModule, clock: Callback, folder: Path) -> Trainer:
+    """Train, with one validation at the end: all that thresholds and memory banks need."""
+    arguments: dict[str, Any] = {}
+    if job.epochs is not None:
+        arguments = {"max_epochs": job.epochs, "check_val_every_n_epoch": job.epochs, "precision": job.precision}
+    engine = _engine(job, folder, [clock], **arguments)
+    engine.fit(model, datamodule=data)
+    return engine.trainer
+
+
+def _test(job: Job, model: AnomalibModule, data: AnomalibDataModule, recorder: Callback, folder: Path) -> None:
+    _engine(job, folder, [recorder]).test(model, datamodule=data, verbose=False)
+    model.cpu()
+
+
+def _classes(data: AnomalibDataModule) -> dict[str, str]:
+    samples = data.test_data.samples
+    if "label" not in samples:
+        return {}
+    return {str(path): str(label) for path, label in zip(samples.image_path, samples.label, strict=True)}
+
+
+# --- measuring ---------------------------------------------------------------------------------------------------
+
+
+def _speed(job: Job, model: AnomalibModule, data: AnomalibDataModule) -> dict[str, Any]:
+    """Measure what was asked for; what cannot be measured is told in the notes and costs no other result."""
+    names = ("pytorch_ms", "openvino_ms", "openvino_int8_ms", "throughput", "throughput_batch")
+    speed: dict[str, float | int | None] = dict.fromkeys(names)
+    export_mib, notes = None, []
+    seconds = job.measure["seconds"]
+    if job.measure["speed"]:
+        speed["pytorch_ms"] = measure_pytorch(model, job.image_size, seconds=seconds)
+        try:
+            f32 = measure_openvino(model, job.image_size, seconds=seconds)
+            speed.update(openvino_ms=f32["milliseconds"], throughput=f32["throughput"], throughput_batch=f32["batch"])
+            export_mib = f32["mib"]
+        except Exception as error:  # whatever a foreign model's export raises
+            notes.append(f"OpenVINO: {_one_line(error)}")
+    if job.measure["int8"]:
+        try:
+            int8 = measure_openvino(
+                model, job.image_size, seconds=seconds, compression=CompressionType.INT8_PTQ, datamodule=data
+            )
+            speed["openvino_int8_ms"] = int8["milliseconds"]
+        except Exception as error:  # as above
+            notes.append(f"OpenVINO INT8: {_one_line(error)}")
+    return {"speed": speed, "export_mib": export_mib, "notes": notes}
+
+
+def _one_line(error: Exception) -> str:
+    return f"{type(error).__name__}: {' '.join(str(error).split())[:300]}"
+
+
+def machine() -> dict[str, Any]:
+    """Describe the processor and the versions that a figure depends on."""
+    packages = ("anomalib", "torch", "openvino", "timm", "anomalib_dskd")
+    return {
+        "cpu": _cpu(),
+        "cores": len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count(),
+        "threads": torch.get_num_threads(),
+        "platform": platform.platform(),
+        "python": platform.python_version(),
+        **{name: _version(name) for name in packages},
+        "commit": _commit(),
+    }
+
+
+def _cpu() -> str:
+    try:
+        lines = Path("/proc/cpuinfo").read_text().splitlines()
+    except OSError:
+        return platform.processor()
+    names = [line.partition(":")[2].strip() for line in lines if line.startswith("model name")]
+    return names[0] if names else platform.processor()
+
+
+def _version(package: str) -> str | None:
+    try:
+        return importlib.metadata.version(package)
+    except importlib.metadata.PackageNotFoundError:
+        return None
+
+
+def _commit() -> str | None:
+    """Return the commit of a source checkout, with a mark if it was changed; none for an installed package."""
+    folder = Path(anomalib_dskd.__file__).parents[1]
+    if not (folder / ".git").exists():
+        return None
+    try:
+        command = ["git", "-C", str(folder), "describe", "--always", "--dirty", "--abbrev=12"]
+        return subprocess.run(command, capture_output=True, text=True, check=True).stdout.strip()
+    except (OSError, subprocess.CalledProcessError):
+        return None
+
+
+def _now() -> str:
+    return datetime.now(timezone.utc).isoformat(timespec="seconds")

@@ -1,0 +1,193 @@
+"""Where jobs run: here, one after the other, or spread over a Ray cluster."""
+
+import multiprocessing
+import os
+import sys
+import traceback
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import contextmanager, redirect_stderr, redirect_stdout
+from dataclasses import asdict
+from multiprocessing.connection import Connection
+from pathlib import Path
+from tempfile import TemporaryDirectory
+from typing import Any
+
+from anomalib_dskd.benchmark.config import Job
+from anomalib_dskd.errors import ArgumentError
+from anomalib_dskd.weights import WEIGHTS_FOLDER_VARIABLE
+
+__all__ = ["LocalRunner", "RayRunner"]
+
+Progress = Callable[[Job, float, str], None]
+"""Takes a job, the fraction of it that is done, and what it is at."""
+
+LOG = "log.txt"
+RETRIES = 3  # of a job whose machine was lost
+
+
+class LocalRunner:
+    """Runs jobs one after the other, each in a new process: a crash costs one job, and memory is measured alone.
+
+    Args:
+        environment: variables set for the jobs.
+        progress: is told how a job gets on.
+    """
+
+    def __init__(self, environment: Mapping[str, str], progress: Progress) -> None:
+        self.environment = environment
+        self.progress = progress
+
+    def run(self, jobs: Sequence[tuple[Job, Path]]) -> Iterator[dict[str, Any]]:
+        """Yield the result of each job, done or failed; its log and predictions go into its folder."""
+        for job, folder in jobs:
+            yield self.run_one(job, folder)
+
+    def run_one(self, job: Job, folder: Path) -> dict[str, Any]:
+        """Return the result of a job, done or failed."""
+        self.progress(job, 0.0, "starting")
+        context = multiprocessing.get_context("spawn")
+        receiver, sender = context.Pipe(duplex=False)
+        process = context.Process(target=_work, args=(asdict(job), str(folder), sender), daemon=False)
+        with _set_environment(self.environment):
+            process.start()
+        sender.close()  # so that the pipe ends with the process
+        try:
+            record = self._listen(job, receiver)
+            process.join()
+        except BaseException:  # Ctrl-C too: no job outlives the benchmark
+            process.terminate()
+            process.join()
+            raise
+        return record if record is not None else _failure(job, _death(process.exitcode, folder))
+
+    def _listen(self, job: Job, receiver: Connection) -> dict[str, Any] | None:
+        while True:
+            try:
+                kind, *contents = receiver.recv()
+            except EOFError:
+                return None
+            if kind == "result":
+                record: dict[str, Any] = contents[0]
+                return record
+            self.progress(job, *contents)
+
+
+class RayRunner:
+    """Runs jobs on a Ray cluster, as many at a time as its processors and GPUs allow.
+
+    Ray does the scheduling, and repeats a job whose worker or machine is lost. The data and the run folder must
+    be at the same path on each machine.
+
+    Args:
+        environment: variables set for the jobs.
+        progress: is told when a job has ended.
+        address: of the cluster; by default one is started here.
+        cpus: cores a job.
+        gpus: GPUs a job.
+
+    Raises:
+        ArgumentError: Ray is not installed.
+    """
+
+    def __init__(
+        self,
+        environment: Mapping[str, str],
+        progress: Progress,
+        *,
+        address: str | None = None,
+        cpus: int = 2,
+        gpus: int = 0,
+    ) -> None:
+        try:
+            import ray  # noqa: PLC0415 - an extra
+        except ImportError as error:
+            msg = "runner 'ray' needs Ray: pip install \"anomalib-dskd[ray]\". Or use the runner 'local'."
+            raise ArgumentError(msg) from error
+        self.ray = ray
+        self.progress = progress
+        self.address = address
+        self.environment = environment
+        self.resources = {"num_cpus": cpus, "num_gpus": gpus}
+
+    def run(self, jobs: Sequence[tuple[Job, Path]]) -> Iterator[dict[str, Any]]:
+        """Yield the result of each job as it ends, done or failed; predictions are brought back to its folder."""
+        ray = self.ray
+        started_here = not ray.is_initialized()
+        if started_here:
+            ray.init(address=self.address, log_to_driver=False, include_dashboard=False)
+        try:
+            task = ray.remote(_work_remotely).options(**self.resources, max_retries=RETRIES)
+            waiting = {task.remote(asdict(job), dict(self.environment)): (job, folder) for job, folder in jobs}
+            while waiting:
+                (ended,), _ = ray.wait(list(waiting), num_returns=1)
+                job, folder = waiting.pop(ended)
+                yield self._collect(ended, job, folder)
+        finally:
+            if started_here:
+                ray.shutdown()
+
+    def _collect(self, reference: Any, job: Job, folder: Path) -> dict[str, Any]:  # noqa: ANN401 - Ray's own type
+        try:
+            record, files = self.ray.get(reference)
+        except self.ray.exceptions.RayError as error:
+            return _failure(job, f"lost {RETRIES + 1} times on the cluster: {error}")
+        for name, contents in files.items():
+            (folder / name).write_bytes(contents)
+        self.progress(job, 1.0, "done")
+        result: dict[str, Any] = record
+        return result
+
+
+@contextmanager
+def _set_environment(variables: Mapping[str, str]) -> Iterator[None]:
+    """Set variables for processes that are started within the context."""
+    before = dict(os.environ)
+    os.environ.update(variables)
+    if "HF_HUB_CACHE" in variables:  # all models get the weights from there
+        os.environ.pop(WEIGHTS_FOLDER_VARIABLE, None)
+    try:
+        yield
+    finally:
+        os.environ.clear()
+        os.environ.update(before)
+
+
+def _work(values: dict[str, Any], folder: str, sender: Connection) -> None:
+    """Run a job in a new process; a broken pipe means that the benchmark is gone, and ends it."""
+    job = Job.from_dict(values)
+    record = _run_and_log(job, Path(folder), lambda fraction, text: sender.send(("progress", fraction, text)))
+    sender.send(("result", record))
+
+
+def _work_remotely(values: dict[str, Any], environment: dict[str, str]) -> tuple[dict[str, Any], dict[str, bytes]]:
+    """Run a job on another machine; return its result, and the contents of the files that it made."""
+    with TemporaryDirectory(prefix="anomalib-dskd-") as folder:
+        record = LocalRunner(environment, lambda *_: None).run_one(Job.from_dict(values), Path(folder))
+        return record, {file.name: file.read_bytes() for file in Path(folder).iterdir()}
+
+
+def _run_and_log(job: Job, folder: Path, report: Callable[[float, str], None]) -> dict[str, Any]:
+    with (folder / LOG).open("w", encoding="utf-8") as log, redirect_stdout(log), redirect_stderr(log):
+        try:
+            from anomalib_dskd.benchmark.run_job import run_job  # noqa: PLC0415 - reads the environment at import
+
+            return run_job(job, folder, report)
+        except BrokenPipeError:
+            sys.exit(1)
+        except Exception as error:  # whatever a foreign model raises is a row in the report
+            traceback.print_exc()
+            return _failure(job, f"{type(error).__name__}: {error}")
+
+
+def _failure(job: Job, reason: str) -> dict[str, Any]:
+    from anomalib_dskd.benchmark.run_job import failure  # noqa: PLC0415 - imports PyTorch
+
+    return failure(job, reason)
+
+
+def _death(exit_code: int | None, folder: Path) -> str:
+    killed = (
+        f"was killed by signal {-exit_code}" if exit_code is not None and exit_code < 0 else f"ended with {exit_code}"
+    )
+    hint = " (9 is often the system's, out of memory)" if exit_code == -9 else ""  # noqa: PLR2004
+    return f"the job's process {killed}{hint} before it had a result; see {folder / LOG}"

@@ -1,0 +1,87 @@
+import dataclasses
+import json
+
+import pytest
+
+from anomalib_dskd.benchmark.config import BenchmarkConfig, DatasetSpec, Job, Measurements, ModelSpec, expand
+from anomalib_dskd.errors import ArgumentError
+
+TILES = DatasetSpec({"class_path": "anomalib_dskd.MagneticTile", "init_args": {"root": "tiles"}}, image_size=128)
+MVTEC = DatasetSpec({"class_path": "anomalib.data.MVTecAD"}, categories=["screw", "wood"])
+DSKD = ModelSpec({"class_path": "anomalib_dskd.Dskd"}, name="DSKD")
+STFPM = ModelSpec({"class_path": "anomalib.models.Stfpm"})
+PADIM = ModelSpec({"class_path": "anomalib.models.Padim"}, epochs=7)
+
+
+def config(**changes) -> BenchmarkConfig:
+    return BenchmarkConfig(**{"models": [DSKD, STFPM, PADIM], "datasets": [TILES, MVTEC], "seeds": [0, 1], **changes})
+
+
+def test_jobs_are_all_combinations_with_seeds_outermost():
+    jobs = expand(config())
+    assert len(jobs) == 3 * (1 + 2) * 2
+    assert [(job.model, job.data, job.category, job.seed) for job in jobs[:4]] == [
+        ("DSKD", "MagneticTile", None, 0),
+        ("Stfpm", "MagneticTile", None, 0),
+        ("Padim", "MagneticTile", None, 0),
+        ("DSKD", "MVTecAD", "screw", 0),
+    ]
+    assert {job.seed for job in jobs[:9]} == {0}
+    assert [job.image_size for job in jobs[2:4]] == [(128, 128), (256, 256)]
+    assert jobs[0].data_init_args == {"root": "tiles"}
+
+
+def test_epochs_say_where_they_come_from():
+    dskd, stfpm, padim = expand(config(datasets=[TILES], seeds=[0]))
+    assert (dskd.epochs, dskd.epochs_source) == (200, "the paper")
+    assert stfpm.epochs == 100
+    assert "anomalib's example configuration" in stfpm.epochs_source
+    assert (padim.epochs, padim.epochs_source) == (None, "the model's own: one pass")
+    own = dataclasses.replace(STFPM, epochs=5)
+    dskd, stfpm = expand(config(models=[DSKD, own], datasets=[TILES], seeds=[0], epochs=30))
+    assert [(job.epochs, job.epochs_source) for job in (dskd, stfpm)] == [
+        (30, "this configuration"),
+        (5, "this configuration"),
+    ]
+
+
+def test_a_jobs_number_stands_for_all_that_its_result_depends_on():
+    job = expand(config())[0]
+    assert Job.from_dict(json.loads(json.dumps(dataclasses.asdict(job)))) == job
+    assert Job.from_dict(dataclasses.asdict(job)).id == job.id
+    for name, value in {
+        "seed": 5,
+        "epochs": 3,
+        "init_args": {"sigma": 2.0},
+        "category": "screw",
+        "image_size": (64, 64),
+        "weights": {"resnet18": "other"},
+        "precision": "bf16-mixed",
+    }.items():
+        assert dataclasses.replace(job, **{name: value}).id != job.id, name
+
+
+@pytest.mark.parametrize(
+    ("changes", "message"),
+    [
+        ({"models": []}, "models is empty"),
+        ({"datasets": []}, "datasets is empty"),
+        ({"models": [STFPM, STFPM]}, "models Stfpm given more than once: give each a `name`"),
+        ({"seeds": []}, r"seeds \[\] must be one or more different"),
+        ({"seeds": [1, 1]}, r"seeds \[1, 1\]"),
+        ({"epochs": 0}, "epochs 0 must be 1 or larger"),
+        ({"image_size": -1}, "image_size -1 must be 1 or larger"),
+        ({"models": [dataclasses.replace(STFPM, epochs=0)]}, "epochs of Stfpm 0 must be"),
+        (
+            {"models": [ModelSpec({"class_path": "mine.Model"})]},
+            "model 'Model' says no number of epochs. Give `epochs`",
+        ),
+        ({"models": [ModelSpec({"class": "mine.Model"})]}, "describes no class. Give `class_path`"),
+        ({"models": [ModelSpec({"class_path": "Dskd"})]}, "describes no class"),
+        ({"datasets": [DatasetSpec({"class_path": "a.B", "init_arg": {}})]}, "describes no class"),
+        ({"measure": Measurements(seconds=0)}, "measure.seconds 0 must be larger than 0"),
+    ],
+)
+def test_what_cannot_be_compared_is_refused(changes, message):
+    with pytest.raises(ArgumentError, match=message):
+        expand(config(**changes))

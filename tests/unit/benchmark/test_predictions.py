@@ -1,0 +1,132 @@
+from types import SimpleNamespace
+
+import numpy as np
+import pytest
+import torch
+from sklearn.metrics import f1_score, roc_auc_score
+
+from anomalib_dskd.benchmark.predictions import Predictions, ScoreRecorder, figures, figures_by_class
+from anomalib_dskd.errors import DskdError
+
+
+def predictions(scale: float = 300.0) -> Predictions:
+    random = np.random.default_rng(0)
+    labels = np.array([0] * 6 + [1] * 6)
+    masks = np.zeros((12, 16, 16), dtype=np.uint8)
+    masks[6:, 3:9, 4:12] = 1
+    maps = (random.random((12, 16, 16)) + 0.4 * masks).astype(np.float32) * scale
+    return Predictions(
+        paths=[f"{index}.png" for index in range(12)],
+        labels=labels,
+        classes=["good"] * 6 + ["crack"] * 2 + ["stain"] * 4,
+        scores=((random.random(12) + 0.3 * labels) * scale).astype(np.float32),
+        maps=maps,
+        masks=masks,
+    )
+
+
+def test_figures_are_those_of_scikit_learn_on_the_raw_values():
+    given = predictions()
+    result = figures(given)
+    assert result["image_AUROC"] == pytest.approx(roc_auc_score(given.labels, given.scores), abs=1e-6)
+    best = max(f1_score(given.labels, given.scores >= threshold) for threshold in given.scores)
+    assert result["image_F1"] == pytest.approx(best, abs=1e-6)
+    pixels = roc_auc_score(given.masks.ravel(), given.maps.ravel())
+    assert result["pixel_AUROC"] == pytest.approx(pixels, abs=1e-5)
+    assert 0 < result["AUPRO"] < 1
+
+
+def test_figures_do_not_depend_on_the_models_scale():
+    small, large = figures(predictions(0.01)), figures(predictions(1e4))
+    assert small == pytest.approx(large, abs=1e-5)
+
+
+def test_aupro_is_one_for_perfect_maps_and_zero_for_inverted_ones():
+    given = predictions()
+    perfect = Predictions(**{**vars(given), "maps": given.masks.astype(np.float32)})
+    inverted = Predictions(**{**vars(given), "maps": 1 - given.masks.astype(np.float32)})
+    assert figures(perfect)["AUPRO"] == pytest.approx(1, abs=1e-2)
+    assert figures(inverted)["AUPRO"] == pytest.approx(0, abs=1e-6)
+
+
+def test_each_kind_of_defect_is_compared_with_all_good_images():
+    given = predictions()
+    result = figures_by_class(given)
+    assert {kind: values["images"] for kind, values in result.items()} == {"crack": 2, "stain": 4}
+    chosen = [*range(6), 6, 7]
+    expected = roc_auc_score(given.labels[chosen], given.scores[chosen])
+    assert result["crack"]["image_AUROC"] == pytest.approx(expected, abs=1e-6)
+
+
+@pytest.mark.parametrize("name", ["maps", "masks"])
+def test_without_maps_or_masks_there_are_no_pixel_figures(name):
+    result = figures(Predictions(**{**vars(predictions()), name: None}))
+    assert result["image_AUROC"] is not None
+    assert (result["pixel_AUROC"], result["AUPRO"]) == (None, None)
+
+
+def test_with_good_images_alone_there_are_no_figures():
+    given = predictions()
+    good = Predictions(**{**vars(given), "labels": np.zeros(12, dtype=int), "masks": np.zeros_like(given.masks)})
+    assert set(figures(good).values()) == {None}
+
+
+def batch(**changes) -> SimpleNamespace:
+    values = {
+        "image_path": ["a.png", "b.png"],
+        "pred_score": torch.tensor([[250.0], [3.0]]),
+        "anomaly_map": torch.rand(2, 1, 4, 4) * 300,
+        "gt_label": torch.tensor([True, False]),
+        "gt_mask": torch.zeros(2, 4, 4, dtype=torch.bool),
+    }
+    return SimpleNamespace(**{**values, **changes})
+
+
+def recorded(*batches) -> ScoreRecorder:
+    recorder = ScoreRecorder()
+    recorder.on_test_start(None, None)
+    for index, each in enumerate(batches):
+        recorder.on_test_batch_end(None, None, each, each, index)
+    return recorder
+
+
+def test_recorder_keeps_what_the_post_processor_changes_later():
+    first = batch()
+    recorder = recorded(first, batch(image_path=["c.png", "d.png"]))
+    first.pred_score.clamp_(0, 1)
+    result = recorder.predictions({"a.png": "crack", "b.png": "good"})
+    assert result.scores.tolist() == [250.0, 3.0, 250.0, 3.0]
+    assert result.labels.tolist() == [1, 0, 1, 0]
+    assert result.classes == ["crack", "good", "", ""]
+    assert (result.maps.shape, result.masks.shape) == ((4, 4, 4), (4, 4, 4))
+    assert result.maps.max() > 1
+
+
+def test_scores_of_a_model_that_gives_maps_alone_are_their_maxima():
+    given = batch(pred_score=None)
+    result = recorded(given).predictions({})
+    assert result.scores.tolist() == pytest.approx(given.anomaly_map.flatten(1).max(1).values.tolist())
+
+
+@pytest.mark.parametrize(
+    ("changes", "message"),
+    [
+        ({"pred_score": torch.tensor([[torch.nan], [1.0]])}, "the score of 1 test images is not finite"),
+        ({"anomaly_map": torch.full((2, 1, 4, 4), torch.inf)}, "the anomaly map of 2 test images is not finite"),
+        ({"pred_score": None, "anomaly_map": None}, "neither a score nor an anomaly map"),
+    ],
+)
+def test_useless_predictions_are_refused(changes, message):
+    with pytest.raises(DskdError, match=message):
+        recorded(batch(**changes)).predictions({})
+
+
+def test_saved_predictions_can_be_looked_at(tmp_path):
+    given = predictions()
+    given.save(tmp_path / "predictions.npz")
+    with np.load(tmp_path / "predictions.npz") as archive:
+        assert set(archive) == {"paths", "labels", "classes", "scores", "maps", "masks"}
+        np.testing.assert_array_equal(archive["scores"], given.scores)
+        order = np.argsort(given.maps.ravel(), kind="stable")
+        assert (np.diff(archive["maps"].ravel()[order].astype(float)) >= 0).all()
+        assert archive["maps"].dtype == np.float16

@@ -1,0 +1,82 @@
+import json
+
+import pytest
+
+from anomalib_dskd.benchmark import run_folder
+from anomalib_dskd.benchmark.run_folder import RunFolder, read_results
+from anomalib_dskd.errors import ArgumentError, DataError
+
+CONFIG = "seeds:\n- 0\nepochs: 3\n"
+
+
+def record(job: str, status: str = "done", **more) -> dict:
+    return {"job": job, "status": status, **more}
+
+
+def test_results_are_there_as_soon_as_they_are_appended(tmp_path):
+    with RunFolder(tmp_path / "a" / "b", CONFIG) as folder:
+        folder.append(record("1"))
+        folder.append(record("2", "failed"))
+        assert [result["job"] for result in read_results(folder.path)] == ["1", "2"]
+        assert folder.finished() == {"1"}  # what failed is tried again
+
+
+def test_a_later_result_of_a_job_replaces_the_earlier(tmp_path):
+    with RunFolder(tmp_path, CONFIG) as folder:
+        for status in ("failed", "done"):
+            folder.append(record("1", status))
+            folder.append(record("2", "done"))
+        assert [(r["job"], r["status"]) for r in read_results(tmp_path)] == [("1", "done"), ("2", "done")]
+
+
+def test_a_line_that_was_cut_off_is_dropped_and_the_next_starts_afresh(tmp_path):
+    with RunFolder(tmp_path, CONFIG) as folder:
+        folder.append(record("1"))
+    with (tmp_path / "results.jsonl").open("a") as file:
+        file.write('{"job": "2", "sta')
+    assert [r["job"] for r in read_results(tmp_path)] == ["1"]
+    with RunFolder(tmp_path, CONFIG) as folder:
+        folder.append(record("3"))
+        assert [r["job"] for r in read_results(tmp_path)] == ["1", "3"]
+
+
+def test_a_broken_line_in_the_middle_is_named(tmp_path):
+    (tmp_path / "results.jsonl").write_text(f"{json.dumps(record('1'))}\nnonsense\n{json.dumps(record('2'))}\n")
+    with pytest.raises(DataError, match="line 2 of .*results.jsonl' is no result"):
+        read_results(tmp_path)
+
+
+def test_another_configuration_is_refused_with_what_differs(tmp_path):
+    with RunFolder(tmp_path, CONFIG):
+        pass
+    changed = CONFIG.replace("epochs: 3", "epochs: 4")
+    with pytest.raises(ArgumentError, match=r"-epochs: 3\n\+epochs: 4\nGive another --run_folder"):
+        RunFolder(tmp_path, changed).__enter__()
+    with RunFolder(tmp_path, CONFIG):  # the refusal has left no lock behind
+        pass
+
+
+def test_two_benchmarks_do_not_share_a_folder(tmp_path):
+    with RunFolder(tmp_path, CONFIG), pytest.raises(ArgumentError, match="in use by another benchmark"):
+        RunFolder(tmp_path, CONFIG).__enter__()
+
+
+def test_a_file_in_the_way_is_a_clear_error(tmp_path):
+    (tmp_path / "file").write_text("")
+    with pytest.raises(DataError, match="run folder '.*file' cannot be written: .*Finished results are kept"):
+        RunFolder(tmp_path / "file", CONFIG).__enter__()
+
+
+def test_a_full_disk_is_a_clear_error(tmp_path, monkeypatch):
+    def full(_):
+        raise OSError(28, "No space left on device")
+
+    with RunFolder(tmp_path, CONFIG) as folder:
+        folder.append(record("1"))
+        monkeypatch.setattr(run_folder.os, "fsync", full)
+        with pytest.raises(DataError, match="No space left on device.*give the same command again"):
+            folder.append(record("2"))
+
+
+def test_no_results_yet(tmp_path):
+    assert read_results(tmp_path) == []
