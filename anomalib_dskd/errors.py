@@ -1,6 +1,6 @@
 """Errors that say what was given, what is legal and what to do."""
 
-__all__ = ["ArgumentError", "DataError", "DskdError", "NotTrainedError", "TeacherWeightsError"]
+__all__ = ["ArgumentError", "DataError", "DivergedError", "DskdError", "NotTrainedError", "TeacherWeightsError"]
 
 
 class DskdError(Exception):
@@ -21,3 +21,7 @@ class DataError(DskdError):
 
 class NotTrainedError(DskdError, RuntimeError):
     """A result was asked of a model whose students have not been trained."""
+
+
+class DivergedError(DskdError, ArithmeticError):
+    """The training loss is no longer a finite number."""

@@ -3,7 +3,7 @@
 import math
 from collections.abc import Mapping, Sequence, Sized
 from pathlib import Path
-from typing import Any, cast
+from typing import Any, Literal, cast, get_args
 
 import torch
 from anomalib import LearningType
@@ -16,6 +16,7 @@ from anomalib.pre_processing import PreProcessor
 from anomalib.visualization import Visualizer
 from lightning import Trainer, seed_everything
 from lightning.pytorch.trainer.states import TrainerFn
+from lightning.pytorch.utilities.types import OptimizerLRScheduler
 from torch import Tensor, nn
 from torch.utils.data import DataLoader
 
@@ -24,7 +25,7 @@ from anomalib_dskd.components.batch_norm import fresh_statistics
 from anomalib_dskd.components.feature_cache import FeatureCache
 from anomalib_dskd.data.image_cache import cache_training_images
 from anomalib_dskd.data.image_files import check_depths
-from anomalib_dskd.errors import ArgumentError, DataError, NotTrainedError
+from anomalib_dskd.errors import ArgumentError, DataError, DivergedError, NotTrainedError
 from anomalib_dskd.evaluation import RawScoreEvaluator, keep_raw_scores
 from anomalib_dskd.models.dskd.loss import DskdLoss
 from anomalib_dskd.models.dskd.torch_model import DskdModel, Embedding, Losses, MapPair
@@ -36,6 +37,7 @@ __all__ = ["Dskd"]
 DEFAULT_TEACHER = "resnet18.tv_in1k"  # section 4.1.2; timm's own default tag has newer weights
 DEFAULT_IMAGE_SIZE = (256, 256)  # section 4.1.2, for MVTec AD and MVTec 3D-AD
 ONNX_OPSET = 18  # torch's exporter writes it; asked for an older one, as anomalib does, it tries to convert and fails
+Schedule = Literal["constant", "one_cycle"]
 PRECISIONS = ("32-true", "64-true", "bf16-mixed", "16-mixed")
 TRAINING_ONLY = {
     "batch_norm_images",
@@ -43,6 +45,7 @@ TRAINING_ONLY = {
     "embedding_gradient",
     "image_cache",
     "learning_rate",
+    "schedule",
     "seed",
     "teacher_cache",
     "teacher_weights",
@@ -78,7 +81,9 @@ class Dskd(AnomalibModule):
             paper can be read either way (section 3.1).
         l2_weight: lambda of Eq. (6). Default: 0.1 (section 4.1.2).
         sigma: standard deviation of the map's blur in pixels, Eq. (9); 0 for none. Default: 4.
-        learning_rate: of Adam. Default: 0.001 (section 4.1.2).
+        learning_rate: of Adam; with ``one_cycle`` its peak. Default: 0.001 (section 4.1.2).
+        schedule: ``constant``, or ``one_cycle``: up to ``learning_rate`` over the first 30 % of the steps, then down to
+            nearly nothing. Default: constant (section 4.1.2).
         betas: of Adam. Default: (0.5, 0.999) (section 4.1.2).
         weight_decay: of Adam. Default: 0; the paper gives none.
         batch_norm_images: training images from which the students' batch-norm statistics are estimated anew before
@@ -121,6 +126,7 @@ class Dskd(AnomalibModule):
         l2_weight: float = 0.1,
         sigma: float = 4.0,
         learning_rate: float = 1e-3,
+        schedule: Schedule = "constant",
         betas: tuple[float, float] = (0.5, 0.999),
         weight_decay: float = 0.0,
         batch_norm_images: int = 256,
@@ -142,6 +148,9 @@ class Dskd(AnomalibModule):
             teacher_cache=teacher_cache,
             image_cache=image_cache,
         )
+        if schedule not in get_args(Schedule):
+            msg = f"schedule {schedule!r} must be {' or '.join(map(repr, get_args(Schedule)))}."
+            raise ArgumentError(msg)
         check_teacher(teacher)
         super().__init__(
             pre_processor=_resolve_pre_processor(pre_processor, teacher, image_size),
@@ -151,6 +160,7 @@ class Dskd(AnomalibModule):
         )
         self.teacher_weights = teacher_weights
         self.learning_rate = learning_rate
+        self.schedule = schedule
         self.betas = betas
         self.weight_decay = weight_decay
         self.batch_norm_images = batch_norm_images
@@ -214,18 +224,33 @@ class Dskd(AnomalibModule):
         name = self.model.teacher.backbone.name
         self.model.teacher.load_weights(find_teacher_weights(name, self.teacher_weights))
 
-    def training_step(self, batch: ImageBatch, batch_idx: int) -> Tensor:  # noqa: ARG002
-        """Return the sum of the students' losses, Eq. (7)."""
+    def training_step(self, batch: ImageBatch, batch_idx: int) -> Tensor:
+        """Return the sum of the students' losses, Eq. (7).
+
+        Raises:
+            DivergedError: the loss is not finite.
+        """
         check_depths(batch.image_path)
         images = torch.as_tensor(batch.image).contiguous(memory_format=torch.channels_last)
         features = self.model(images)
         losses = self.loss(features.teacher, features.students)
         total = torch.stack(list(losses.values())).sum()
+        self._check_finite(total, batch, batch_idx)
         logged = {"train_loss": total, **{f"train_loss_{student}": loss for student, loss in losses.items()}}
         for name, loss in logged.items():
             on_bar = name == "train_loss"
             self.log(name, loss.detach(), on_step=False, on_epoch=True, prog_bar=on_bar, batch_size=len(images))
         return total
+
+    def _check_finite(self, loss: Tensor, batch: ImageBatch, batch_idx: int) -> None:
+        if not torch.isfinite(loss):
+            files = ", ".join(str(path) for path in batch.image_path or ["of unknown name"])
+            msg = (
+                f"the loss is {loss.item()} in batch {batch_idx} of epoch {self.current_epoch}: training has diverged, "
+                f"and stops before its weights are spoilt further. The batch's images: {files}. The last checkpoint "
+                "is kept. Look at the images, lower learning_rate, or train with --trainer.precision 32-true."
+            )
+            raise DivergedError(msg)
 
     def on_train_batch_end(self, outputs: Any, batch: Any, batch_idx: int) -> None:  # noqa: ANN401, ARG002
         """Note that the students have learnt something, so that results may be asked of them."""
@@ -255,16 +280,25 @@ class Dskd(AnomalibModule):
                 self.model.student_features(batch.image.contiguous(memory_format=torch.channels_last))
         self.model.train(was_training)
 
-    def configure_optimizers(self) -> torch.optim.Optimizer:
-        """Return Adam over both students and the embedding (section 4.1.2); the teacher is not in it."""
+    def configure_optimizers(self) -> OptimizerLRScheduler:
+        """Return Adam over the students and the embedding (section 4.1.2), not the teacher, and its schedule."""
         students = [parameter for parameter in self.model.parameters() if parameter.requires_grad]
-        return torch.optim.Adam(
+        optimizer = torch.optim.Adam(
             students,
             lr=self.learning_rate,
             betas=self.betas,
             weight_decay=self.weight_decay,
             fused=True,  # the same arithmetic in one pass over the weights
         )
+        if self.schedule == "constant":
+            return optimizer
+        scheduler = torch.optim.lr_scheduler.OneCycleLR(
+            optimizer,
+            max_lr=self.learning_rate,
+            total_steps=int(self.trainer.estimated_stepping_batches),
+            cycle_momentum=False,  # beta stays the paper's
+        )
+        return {"optimizer": optimizer, "lr_scheduler": {"scheduler": scheduler, "interval": "step"}}
 
     # --- evaluation ---------------------------------------------------------------------------------------------
 

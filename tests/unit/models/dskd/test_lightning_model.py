@@ -1,5 +1,6 @@
 import copy
 import inspect
+import math
 import warnings
 from pathlib import Path
 
@@ -11,13 +12,14 @@ from anomalib.deploy import CompressionType
 from anomalib.engine import Engine
 from anomalib.models import get_model, list_models
 from anomalib.pre_processing import PreProcessor
+from lightning import Callback
 from PIL import Image
 
 from anomalib_dskd import Dskd, MagneticTile
 from anomalib_dskd.components.feature_cache import FeatureCache
 from anomalib_dskd.components.teacher import Teacher
 from anomalib_dskd.data import magnetic_tile
-from anomalib_dskd.errors import ArgumentError, DataError, NotTrainedError, TeacherWeightsError
+from anomalib_dskd.errors import ArgumentError, DataError, DivergedError, NotTrainedError, TeacherWeightsError
 from anomalib_dskd.evaluation import RawScoreEvaluator
 from tests.conftest import TEACHER
 
@@ -82,6 +84,53 @@ def test_optimiser_is_the_papers_and_leaves_the_teacher_out(tiny_model):
         *tiny_model.model.decoder_student.parameters(),
     ]
     assert optimised == {id(parameter) for parameter in students}
+
+
+@pytest.mark.parametrize(("schedule", "rates"), [("constant", [0.01] * 6), ("one_cycle", None)])
+def test_schedule_sets_the_rate_of_every_step(schedule, rates, magnetic_tile_root, teacher_weights, tmp_path):
+    seen = []
+
+    class Record(Callback):
+        def on_before_optimizer_step(self, trainer, pl_module, optimizer):  # noqa: ARG002
+            seen.append((optimizer.param_groups[0]["lr"], optimizer.param_groups[0]["betas"]))
+
+    model = Dskd(
+        teacher=TEACHER,
+        teacher_weights=teacher_weights,
+        image_size=64,
+        sigma=2.0,
+        schedule=schedule,
+        learning_rate=0.01,
+        batch_norm_images=0,
+    )
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")
+        data = MagneticTile(magnetic_tile_root, train_batch_size=4)  # two steps an epoch
+        engine(tmp_path, max_epochs=3, limit_val_batches=0, callbacks=[Record()]).fit(model, datamodule=data)
+    if rates is None:  # cosine from 1/25 of the peak, up to it after 30 % of 6 steps less one, down to 1/10,000 of that
+        up, down = [0.0, 1 / 0.8], [(step - 0.8) / 4.2 for step in range(1, 6)]
+        rates = [0.0004 + (0.01 - 0.0004) * (1 - math.cos(math.pi * up[0])) / 2]
+        rates += [4e-8 + (0.01 - 4e-8) * (1 + math.cos(math.pi * fraction)) / 2 for fraction in down]
+    assert [rate for rate, _ in seen] == pytest.approx(rates, rel=1e-6)
+    assert {betas for _, betas in seen} == {(0.5, 0.999)}
+
+
+def test_a_loss_that_is_not_finite_stops_the_training(magnetic_tile_root, teacher_weights, tmp_path):
+    class Spoil(Callback):
+        def on_train_batch_start(self, trainer, pl_module, batch, batch_idx):  # noqa: ARG002
+            if (trainer.current_epoch, batch_idx) == (1, 1):
+                pl_module.model.decoder_student.stages[0][0].main[1].weight.data.fill_(torch.nan)
+
+    model = Dskd(teacher=TEACHER, teacher_weights=teacher_weights, image_size=64, sigma=2.0)
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")
+        data = MagneticTile(magnetic_tile_root, train_batch_size=4)
+        trainer = engine(tmp_path, max_epochs=3, callbacks=[Spoil()])
+        message = r"the loss is nan in batch 1 of epoch 1: .*images: .*exp1_num_\d.jpg, .*The last checkpoint is kept"
+        with pytest.raises(DivergedError, match=message):
+            trainer.fit(model, datamodule=data)
+    kept = Dskd.load_from_checkpoint(next(tmp_path.rglob("model.ckpt")))
+    assert all(parameter.isfinite().all() for parameter in kept.parameters())
 
 
 def test_training_changes_the_students_and_not_the_teacher(trained, teacher_weights):
@@ -377,6 +426,7 @@ def test_sixteen_bit_images_are_refused_in_training(tiny_model, tmp_path):
         ({"image_cache": -1.0}, "image_cache -1.0 must be a finite number"),
         ({"batch_norm_images": -1}, "batch_norm_images -1 must be a whole number of images, or 0"),
         ({"batch_norm_images": 1.5}, "batch_norm_images 1.5 must be a whole number"),
+        ({"schedule": "cosine"}, "schedule 'cosine' must be 'constant' or 'one_cycle'"),
         ({"learning_rate": 0.0}, "learning_rate 0.0 must be a finite number larger than 0"),
         ({"betas": (0.5, 1.0)}, r"betas \(0.5, 1.0\) must be two numbers"),
         ({"image_size": 32}, "images of 32x32 pixels are too small: .* at least 64x64"),
