@@ -1,9 +1,8 @@
 """DSKD as an anomalib model."""
 
-import math
-from collections.abc import Mapping, Sequence, Sized
+from collections.abc import Sequence, Sized
 from pathlib import Path
-from typing import Any, Literal, cast, get_args
+from typing import Any, cast
 
 import torch
 from anomalib import LearningType
@@ -17,41 +16,35 @@ from anomalib.visualization import Visualizer
 from lightning import Trainer, seed_everything
 from lightning.pytorch.trainer.states import TrainerFn
 from lightning.pytorch.utilities.types import OptimizerLRScheduler
-from torch import Tensor, nn
+from torch import Tensor
 from torch.utils.data import DataLoader
 
-from anomalib_dskd.components.backbone import check_teacher, full_name
+from anomalib_dskd.components.backbone import check_teacher
 from anomalib_dskd.components.batch_norm import fresh_statistics
 from anomalib_dskd.components.feature_cache import FeatureCache
 from anomalib_dskd.data.image_cache import cache_training_images
 from anomalib_dskd.data.image_files import check_depths
 from anomalib_dskd.errors import ArgumentError, DataError, DivergedError, NotTrainedError
 from anomalib_dskd.evaluation import RawScoreEvaluator, keep_raw_scores
+from anomalib_dskd.models.dskd.arguments import (
+    DEFAULT_IMAGE_SIZE,
+    DEFAULT_TEACHER,
+    TRAINING_ONLY,
+    Schedule,
+    check_numbers,
+    check_schedule,
+    check_trainer,
+    meaning,
+    resolve_pre_processor,
+)
 from anomalib_dskd.models.dskd.loss import DskdLoss
 from anomalib_dskd.models.dskd.torch_model import DskdModel, Embedding, Losses, MapPair
-from anomalib_dskd.pre_processing import check_normalisation, create_pre_processor
+from anomalib_dskd.pre_processing import create_pre_processor
 from anomalib_dskd.weights import find_teacher_weights
 
 __all__ = ["Dskd"]
 
-DEFAULT_TEACHER = "resnet18.tv_in1k"  # section 4.1.2; timm's own default tag has newer weights
-DEFAULT_IMAGE_SIZE = (256, 256)  # section 4.1.2, for MVTec AD and MVTec 3D-AD
 ONNX_OPSET = 18  # torch's exporter writes it; asked for an older one, as anomalib does, it tries to convert and fails
-Schedule = Literal["constant", "one_cycle"]
-PRECISIONS = ("32-true", "64-true", "bf16-mixed", "16-mixed")
-TRAINING_ONLY = {
-    "batch_norm_images",
-    "betas",
-    "embedding_gradient",
-    "image_cache",
-    "learning_rate",
-    "schedule",
-    "seed",
-    "teacher_cache",
-    "teacher_weights",
-    "weight_decay",
-}
-"""Arguments that a trained model's results do not depend on any more."""
 
 
 class Dskd(AnomalibModule):
@@ -138,7 +131,7 @@ class Dskd(AnomalibModule):
         evaluator: Evaluator | bool = True,
         visualizer: Visualizer | bool = True,
     ) -> None:
-        _check_numbers(
+        check_numbers(
             l2_weight=l2_weight,
             sigma=sigma,
             learning_rate=learning_rate,
@@ -148,12 +141,10 @@ class Dskd(AnomalibModule):
             teacher_cache=teacher_cache,
             image_cache=image_cache,
         )
-        if schedule not in get_args(Schedule):
-            msg = f"schedule {schedule!r} must be {' or '.join(map(repr, get_args(Schedule)))}."
-            raise ArgumentError(msg)
+        check_schedule(schedule)
         check_teacher(teacher)
         super().__init__(
-            pre_processor=_resolve_pre_processor(pre_processor, teacher, image_size),
+            pre_processor=resolve_pre_processor(pre_processor, teacher, image_size),
             post_processor=post_processor,
             evaluator=evaluator,
             visualizer=visualizer,
@@ -199,7 +190,7 @@ class Dskd(AnomalibModule):
     def on_fit_start(self) -> None:
         """Load the teacher's weights, unless a checkpoint has brought them, and seed the order of the batches."""
         self.model.to(memory_format=torch.channels_last)  # faster on CPUs with bfloat16 units
-        _check_trainer(self.trainer)
+        check_trainer(self.trainer)
         if self.model.teacher.weights_origin is None:
             self.load_teacher_weights()
         if self.seed is not None:
@@ -370,7 +361,7 @@ class Dskd(AnomalibModule):
     def _refuse_other_arguments(self, checkpoint: dict[str, Any]) -> None:
         trained, built = checkpoint.get("hyper_parameters", {}), dict(self.hparams)
         names = [name for name in trained if name in built and name not in TRAINING_ONLY]
-        changed = [name for name in names if _meaning(name, trained) != _meaning(name, built)]
+        changed = [name for name in names if meaning(name, trained) != meaning(name, built)]
         if changed:
             listed = "; ".join(f"{name}: {trained[name]!r} there, {built[name]!r} here" for name in changed)
             msg = (
@@ -402,20 +393,6 @@ class Dskd(AnomalibModule):
         return RawScoreEvaluator()
 
 
-def _check_trainer(trainer: Trainer) -> None:
-    epochs, interval = trainer.max_epochs or 0, trainer.check_val_every_n_epoch or 1
-    if trainer.enable_validation and epochs > 0 and epochs % interval:
-        msg = (
-            f"max_epochs {epochs} is no multiple of check_val_every_n_epoch {interval}: the last epochs would have "
-            "neither thresholds nor a checkpoint. Change one of them (--trainer.max_epochs, "
-            "--trainer.check_val_every_n_epoch)."
-        )
-        raise ArgumentError(msg)
-    if str(trainer.precision) not in PRECISIONS:
-        msg = f"precision {trainer.precision!r} is too coarse for the anomaly map. Legal are {', '.join(PRECISIONS)}."
-        raise ArgumentError(msg)
-
-
 def _training_loader(trainer: Trainer) -> DataLoader[Any]:
     loader = trainer.train_dataloader
     if not isinstance(loader, DataLoader):
@@ -426,54 +403,3 @@ def _training_loader(trainer: Trainer) -> DataLoader[Any]:
 
 def _images(loader: DataLoader[Any]) -> int:
     return len(cast("Sized", loader.dataset))
-
-
-def _resolve_pre_processor(
-    pre_processor: nn.Module | bool, teacher: str, image_size: int | tuple[int, int] | None
-) -> nn.Module | bool:
-    if pre_processor is not True:
-        if image_size is not None:
-            msg = "image_size and pre_processor exclude each other: resize in the pre_processor, or leave that out."
-            raise ArgumentError(msg)
-        if isinstance(pre_processor, PreProcessor):
-            check_normalisation(pre_processor, teacher)
-        return pre_processor
-    size = _size(image_size)
-    if len(size) != 2 or min(size) < 1:  # noqa: PLR2004 - height and width
-        msg = f"image_size {image_size!r} must be one number of pixels, or height and width, each at least 1."
-        raise ArgumentError(msg)
-    return create_pre_processor(teacher, (size[0], size[1]))
-
-
-def _check_numbers(
-    *, betas: tuple[float, float], learning_rate: float, batch_norm_images: int, **not_negative: float
-) -> None:
-    if not (isinstance(batch_norm_images, int) and batch_norm_images >= 0):
-        msg = f"batch_norm_images {batch_norm_images!r} must be a whole number of images, or 0 for running averages."
-        raise ArgumentError(msg)
-    for name, value in not_negative.items():
-        if not (math.isfinite(value) and value >= 0):
-            msg = f"{name} {value!r} must be a finite number, 0 or larger."
-            raise ArgumentError(msg)
-    if not (math.isfinite(learning_rate) and learning_rate > 0):
-        msg = f"learning_rate {learning_rate!r} must be a finite number larger than 0."
-        raise ArgumentError(msg)
-    if len(betas) != 2 or not all(0 <= beta < 1 for beta in betas):  # noqa: PLR2004 - Adam has two
-        msg = f"betas {betas!r} must be two numbers from 0 up to, not including, 1."
-        raise ArgumentError(msg)
-
-
-def _meaning(name: str, arguments: Mapping[str, Any]) -> object:
-    """Make equal what is spelt differently: defaults, a square's side, lists and tuples, a teacher's default tag."""
-    value = arguments[name]
-    if name == "teacher":
-        return full_name(value)
-    if name == "image_size":
-        return _size(value)
-    if name == "map_layers" and value is None:
-        value = arguments["layers"]
-    return list(value) if isinstance(value, (list, tuple)) else value
-
-
-def _size(image_size: int | Sequence[int] | None) -> tuple[int, ...]:
-    return (image_size, image_size) if isinstance(image_size, int) else tuple(image_size or DEFAULT_IMAGE_SIZE)

@@ -1,0 +1,118 @@
+"""What a :class:`~anomalib_dskd.Dskd` may be built and trained with: checks, and what arguments mean."""
+
+import math
+from collections.abc import Mapping, Sequence
+from typing import Any, Literal, get_args
+
+from anomalib.pre_processing import PreProcessor
+from lightning import Trainer
+from torch import nn
+
+from anomalib_dskd.components.backbone import full_name
+from anomalib_dskd.errors import ArgumentError
+from anomalib_dskd.pre_processing import check_normalisation, create_pre_processor
+
+__all__ = [
+    "DEFAULT_IMAGE_SIZE",
+    "DEFAULT_TEACHER",
+    "TRAINING_ONLY",
+    "Schedule",
+    "check_numbers",
+    "check_schedule",
+    "check_trainer",
+    "meaning",
+    "resolve_pre_processor",
+]
+
+DEFAULT_TEACHER = "resnet18.tv_in1k"  # section 4.1.2; timm's own default tag has newer weights
+DEFAULT_IMAGE_SIZE = (256, 256)  # section 4.1.2, for MVTec AD and MVTec 3D-AD
+Schedule = Literal["constant", "one_cycle"]
+PRECISIONS = ("32-true", "64-true", "bf16-mixed", "16-mixed")
+TRAINING_ONLY = {
+    "batch_norm_images",
+    "betas",
+    "embedding_gradient",
+    "image_cache",
+    "learning_rate",
+    "schedule",
+    "seed",
+    "teacher_cache",
+    "teacher_weights",
+    "weight_decay",
+}
+"""Arguments that a trained model's results do not depend on any more."""
+
+
+def check_schedule(schedule: str) -> None:
+    """Raise unless the schedule is known."""
+    if schedule not in get_args(Schedule):
+        msg = f"schedule {schedule!r} must be {' or '.join(map(repr, get_args(Schedule)))}."
+        raise ArgumentError(msg)
+
+
+def check_trainer(trainer: Trainer) -> None:
+    """Raise unless the Trainer's settings lead to a result."""
+    epochs, interval = trainer.max_epochs or 0, trainer.check_val_every_n_epoch or 1
+    if trainer.enable_validation and epochs > 0 and epochs % interval:
+        msg = (
+            f"max_epochs {epochs} is no multiple of check_val_every_n_epoch {interval}: the last epochs would have "
+            "neither thresholds nor a checkpoint. Change one of them (--trainer.max_epochs, "
+            "--trainer.check_val_every_n_epoch)."
+        )
+        raise ArgumentError(msg)
+    if str(trainer.precision) not in PRECISIONS:
+        msg = f"precision {trainer.precision!r} is too coarse for the anomaly map. Legal are {', '.join(PRECISIONS)}."
+        raise ArgumentError(msg)
+
+
+def resolve_pre_processor(
+    pre_processor: nn.Module | bool, teacher: str, image_size: int | tuple[int, int] | None
+) -> nn.Module | bool:
+    """Return the pre-processor that was given, or the teacher's for an image size."""
+    if pre_processor is not True:
+        if image_size is not None:
+            msg = "image_size and pre_processor exclude each other: resize in the pre_processor, or leave that out."
+            raise ArgumentError(msg)
+        if isinstance(pre_processor, PreProcessor):
+            check_normalisation(pre_processor, teacher)
+        return pre_processor
+    size = _size(image_size)
+    if len(size) != 2 or min(size) < 1:  # noqa: PLR2004 - height and width
+        msg = f"image_size {image_size!r} must be one number of pixels, or height and width, each at least 1."
+        raise ArgumentError(msg)
+    return create_pre_processor(teacher, (size[0], size[1]))
+
+
+def check_numbers(
+    *, betas: tuple[float, float], learning_rate: float, batch_norm_images: int, **not_negative: float
+) -> None:
+    """Raise unless all numbers are in range."""
+    if not (isinstance(batch_norm_images, int) and batch_norm_images >= 0):
+        msg = f"batch_norm_images {batch_norm_images!r} must be a whole number of images, or 0 for running averages."
+        raise ArgumentError(msg)
+    for name, value in not_negative.items():
+        if not (math.isfinite(value) and value >= 0):
+            msg = f"{name} {value!r} must be a finite number, 0 or larger."
+            raise ArgumentError(msg)
+    if not (math.isfinite(learning_rate) and learning_rate > 0):
+        msg = f"learning_rate {learning_rate!r} must be a finite number larger than 0."
+        raise ArgumentError(msg)
+    if len(betas) != 2 or not all(0 <= beta < 1 for beta in betas):  # noqa: PLR2004 - Adam has two
+        msg = f"betas {betas!r} must be two numbers from 0 up to, not including, 1."
+        raise ArgumentError(msg)
+
+
+def meaning(name: str, arguments: Mapping[str, Any]) -> object:
+    """Make equal what is spelt differently: defaults, a square's side, lists and tuples, a teacher's default tag."""
+    value = arguments[name]
+    if name == "teacher":
+        return full_name(value)
+    if name == "image_size":
+        return _size(value)
+    if name == "map_layers" and value is None:
+        value = arguments["layers"]
+    return list(value) if isinstance(value, (list, tuple)) else value
+
+
+def _size(image_size: int | Sequence[int] | None) -> tuple[int, ...]:
+    return (image_size, image_size) if isinstance(image_size, int) else tuple(image_size or DEFAULT_IMAGE_SIZE)
