@@ -45,6 +45,8 @@ class MagneticTileDataset(AnomalibDataset):
         DataError: the folder is missing, or not laid out as the authors publish it.
     """
 
+    mask_threshold = MASK_THRESHOLD
+
     def __init__(
         self,
         root: Path | str,

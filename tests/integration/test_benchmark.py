@@ -14,10 +14,10 @@ import timm
 import yaml
 from safetensors.torch import save_file
 
-from anomalib_dskd.benchmark.cli import main
+from anomalib_dskd.cli import main
 from tests.conftest import TEACHER
 
-COMMAND = [sys.executable, "-W", "ignore", "-m", "anomalib_dskd.benchmark.cli"]
+COMMAND = [sys.executable, "-W", "ignore", "-m", "anomalib_dskd.cli"]
 
 
 @pytest.fixture(scope="module")

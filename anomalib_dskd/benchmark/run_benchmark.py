@@ -1,0 +1,65 @@
+"""A whole benchmark: jobs that are not done yet, then the report."""
+
+from typing import Any
+
+from rich.console import Console
+
+from anomalib_dskd.benchmark.config import BenchmarkConfig, expand
+from anomalib_dskd.benchmark.hub_cache import environment, write_hub_cache
+from anomalib_dskd.benchmark.progress import BenchmarkProgress
+from anomalib_dskd.benchmark.report import write_report
+from anomalib_dskd.benchmark.run_folder import RunFolder
+from anomalib_dskd.benchmark.run_job import check_job
+from anomalib_dskd.benchmark.runners import LocalRunner, RayRunner
+
+__all__ = ["run_benchmark"]
+
+
+def run_benchmark(config: BenchmarkConfig, config_text: str, console: Console) -> bool:
+    """Do all jobs that are not done yet, each result on disk at once; then write the report.
+
+    Args:
+        config: what to compare.
+        config_text: the same as YAML, to be kept beside the results.
+        console: for progress and errors.
+
+    Returns:
+        Whether no job failed.
+
+    Raises:
+        ArgumentError: a job cannot be built as it is asked for, or the folder holds other results.
+        DataError: the run folder cannot be written.
+        TeacherWeightsError: a file of weights is missing, unreadable, or of another architecture.
+    """
+    jobs = expand(config)
+    for job in jobs:
+        check_job(job)
+    with RunFolder(config.run_folder, config_text) as folder:
+        cache = folder.path / "weights"
+        write_hub_cache(config.weights, cache)
+        finished = folder.finished()
+        waiting = [(job, folder.job_folder(job.id)) for job in jobs if job.id not in finished]
+        by_id = {job.id: job for job, _ in waiting}
+        failed = 0
+        with BenchmarkProgress(len(jobs), len(jobs) - len(waiting), console) as progress:
+            runner = _runner(config, environment(cache) if config.weights else {}, progress)
+            for record in runner.run(waiting):
+                folder.append(record)
+                failed += record["status"] == "failed"
+                progress.finish(by_id[record["job"]], _outcome(record))
+        for path in write_report(folder.path):
+            console.print(str(path), markup=False, highlight=False, soft_wrap=True)
+    return not failed
+
+
+def _runner(config: BenchmarkConfig, variables: dict[str, str], progress: BenchmarkProgress) -> LocalRunner | RayRunner:
+    if config.runner == "local":
+        return LocalRunner(variables, progress.update)
+    return RayRunner(variables, progress.update, address=config.ray_address, cpus=config.cpus, gpus=config.gpus)
+
+
+def _outcome(record: dict[str, Any]) -> str:
+    if record["status"] == "failed":
+        return f"FAILED: {record['reason']}"
+    shown = [f"{name} {100 * value:.1f}" for name, value in record["figures"].items() if value is not None]
+    return f"{', '.join(shown)}; trained {record['training']['fit_seconds']:.0f} s"

@@ -1,0 +1,300 @@
+"""Look at every file of a data set once, before any time is spent on training with it."""
+
+import hashlib
+from collections import defaultdict
+from collections.abc import Callable, Iterable, Iterator
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any, Literal, NamedTuple
+
+import imagehash
+import numpy as np
+from anomalib.data import AnomalibDataModule
+from numpy.typing import NDArray
+from PIL import ExifTags, Image
+
+from anomalib_dskd.data.image_files import READABLE_ERRORS
+
+__all__ = ["Finding", "Severity", "check_data", "check_splits"]
+
+Severity = Literal["error", "warning", "note"]
+
+SPLITS = ("train", "val", "test")
+IMAGE_SUFFIXES = {".jpg", ".jpeg", ".png", ".ppm", ".bmp", ".pgm", ".tif", ".tiff", ".webp", ".gif", ".jp2", ".heic"}
+FEW = 10  # training images
+STRETCHED = 1.5  # longer by shorter side, from where on a square resize distorts what is seen
+NEAR = 12  # of 256 bits of the perceptual hash: the same picture, saved or scaled differently; others differ in 128
+HASH_SIZE = 16
+UPRIGHT = 1  # EXIF
+MODES = {
+    "P": ("note", "has a palette; it is read as its colours"),
+    "CMYK": ("warning", "is CMYK; it is converted to RGB without a colour profile, which shifts its colours"),
+    "YCbCr": ("note", "is YCbCr; it is converted to RGB"),
+    "LAB": ("warning", "is LAB; it is converted to RGB without a colour profile"),
+    "HSV": ("note", "is HSV; it is converted to RGB"),
+    "1": ("note", "is black and white; it is read as 0 and 255"),
+    "RGBA": ("warning", "has an alpha channel; it is dropped, and transparent pixels show what lies below"),
+    "LA": ("warning", "has an alpha channel; it is dropped, and transparent pixels show what lies below"),
+    "PA": ("warning", "has an alpha channel; it is dropped, and transparent pixels show what lies below"),
+}
+
+
+@dataclass
+class Finding:
+    """Something to know about a data set.
+
+    Attributes:
+        severity: ``error``, results would be wrong or training would stop; ``warning``, results may mislead;
+            ``note``, good to know.
+        kind: short name, for machines.
+        message: what it is, and what to do.
+        files: the files that it is true of.
+    """
+
+    severity: Severity
+    kind: str
+    message: str
+    files: list[str] = field(default_factory=list)
+
+
+class _Sample(NamedTuple):
+    """An image of one split."""
+
+    split: str
+    image: str
+    is_anomalous: bool
+    mask: str
+    threshold: int | None  # of the mask, where the data set has one
+
+
+class _Picture(NamedTuple):
+    """What is compared between images."""
+
+    size: tuple[int, int]  # width and height
+    digest: bytes  # of the decoded pixels
+    hash: NDArray[np.bool_]  # perceptual
+
+
+def check_data(data: AnomalibDataModule, *, progress: Callable[[Iterable[str]], Iterable[str]] = iter) -> list[Finding]:
+    """Set a data module up, and look at all its files.
+
+    Args:
+        data: any data module of anomalib or of a plugin.
+        progress: wraps the iteration over the files.
+
+    Returns:
+        What was found, errors first. One finding stands for all files that it is true of.
+    """
+    try:
+        data.prepare_data()
+        data.setup()
+    except Exception as error:  # data modules raise many kinds
+        return [Finding("error", "setup", f"the data module cannot be set up: {type(error).__name__}: {error}")]
+    samples = list(_samples(data))
+    findings = _Findings()
+    findings.extend(check_splits(data))
+    pictures: dict[str, _Picture] = {}
+    for path in progress(list(dict.fromkeys(sample.image for sample in samples))):
+        picture = _look_at_image(path, findings)
+        if picture is not None:
+            pictures[path] = picture
+    for path, sample in {sample.image: sample for sample in samples}.items():
+        _look_at_mask(sample, pictures.get(path), findings, needs_mask=_has_masks(data))
+    _compare_sizes(pictures, findings)
+    _compare_pictures(samples, pictures, findings)
+    _find_ignored(samples, findings)
+    return findings.sorted()
+
+
+def check_splits(data: AnomalibDataModule) -> list[Finding]:
+    """Look at what is in the training, validation and test set of a data module that has been set up."""
+    counts = {name: _counts(getattr(data, f"{name}_data", None)) for name in SPLITS}
+    findings = []
+    good, bad = counts["train"]
+    if not good + bad:
+        findings.append(Finding("error", "no-training-images", "the training set is empty."))
+    elif bad:
+        text = f"{bad} of {good + bad} training images are labelled as defective: train on good parts alone."
+        findings.append(Finding("error", "defects-in-training", text))
+    elif good < FEW:
+        text = f"{good} training images are few: results will depend on which ones. 50 or more are usual."
+        findings.append(Finding("warning", "few-training-images", text))
+    for name, told in (("val", "validation"), ("test", "test")):
+        good, bad = counts[name]
+        if not good + bad:
+            what = "no threshold can be set" if name == "val" else "no figure can be computed"
+            findings.append(Finding("error", f"no-{told}-images", f"the {told} set is empty: {what}."))
+        elif not bad:
+            text = f"the {told} set has no defective image: AUROC, AUPRO and F1 mean nothing on it."
+            findings.append(Finding("warning", f"no-defects-in-{told}", text))
+        elif not good:
+            text = f"the {told} set has no good image: AUROC and F1 mean nothing on it, false alarms stay unknown."
+            findings.append(Finding("warning", f"no-good-images-in-{told}", text))
+    return findings
+
+
+class _Findings:
+    """Collects findings, one for all files of a kind."""
+
+    def __init__(self) -> None:
+        self._by_kind: dict[tuple[str, str], Finding] = {}
+
+    def add(self, severity: Severity, kind: str, message: str, *files: str) -> None:
+        finding = self._by_kind.setdefault((kind, message), Finding(severity, kind, message))
+        finding.files.extend(file for file in files if file not in finding.files)
+
+    def extend(self, findings: Iterable[Finding]) -> None:
+        for finding in findings:
+            self.add(finding.severity, finding.kind, finding.message, *finding.files)
+
+    def sorted(self) -> list[Finding]:
+        order = ("error", "warning", "note")
+        return sorted(self._by_kind.values(), key=lambda finding: order.index(finding.severity))
+
+
+def _counts(dataset: Any) -> tuple[int, int]:  # noqa: ANN401 - a data set of anomalib, or none
+    """Return the numbers of good and of defective images."""
+    if dataset is None or not len(dataset.samples):
+        return 0, 0
+    bad = int((dataset.samples.label_index == 1).sum())
+    return len(dataset.samples) - bad, bad
+
+
+def _samples(data: AnomalibDataModule) -> Iterator[_Sample]:
+    for split in SPLITS:
+        dataset = getattr(data, f"{split}_data", None)
+        if dataset is None:
+            continue
+        for sample in dataset.samples.itertuples():
+            mask = str(getattr(sample, "mask_path", "") or "")
+            threshold = getattr(dataset, "mask_threshold", None)
+            yield _Sample(split, str(sample.image_path), bool(sample.label_index == 1), mask, threshold)
+
+
+def _has_masks(data: AnomalibDataModule) -> bool:
+    return str(getattr(data.test_data, "task", "")) == "segmentation"
+
+
+# --- one file ----------------------------------------------------------------------------------------------------
+
+
+def _look_at_image(path: str, findings: _Findings) -> _Picture | None:
+    """Note how an image will be read; return what it is compared by, unless it cannot be read."""
+    try:
+        with Image.open(path) as image:
+            if getattr(image, "n_frames", 1) > 1:
+                findings.add("warning", "frames", "has more than one frame; the first alone is read", path)
+            if image.getexif().get(ExifTags.Base.Orientation, UPRIGHT) != UPRIGHT:
+                text = "says by EXIF that it is rotated, which anomalib ignores: rotate the pixels instead"
+                findings.add("warning", "exif-orientation", text, path)
+            if image.mode.startswith(("I", "F")):
+                text = "has more than 8 bits a channel; anomalib would clip it to white. Convert the data set to 8 bits"
+                findings.add("error", "deep", text, path)
+            elif image.mode in MODES:
+                severity, text = MODES[image.mode]
+                findings.add(severity, f"mode-{image.mode.lower()}", text, path)  # type: ignore[arg-type]
+            elif "transparency" in image.info:
+                findings.add("warning", "mode-transparency", MODES["RGBA"][1], path)
+            colours = image.convert("RGB")
+    except READABLE_ERRORS as error:
+        reason = str(error).replace(f" {path!r}", "").replace(path, "it") or type(error).__name__
+        findings.add("error", "unreadable", f"cannot be read: {reason}. Replace or remove it", path)
+        return None
+    if not np.ptp(np.asarray(colours), axis=(0, 1)).any():
+        findings.add(
+            "warning", "constant", "has one colour alone: a camera that was covered, or an empty picture", path
+        )
+    return _Picture(colours.size, hashlib.sha256(colours.tobytes()).digest(), _perceptual_hash(colours))
+
+
+def _perceptual_hash(image: Image.Image) -> NDArray[np.bool_]:
+    bits: NDArray[np.bool_] = imagehash.phash(image, hash_size=HASH_SIZE).hash.ravel()
+    return bits
+
+
+def _look_at_mask(sample: _Sample, picture: _Picture | None, findings: _Findings, *, needs_mask: bool) -> None:
+    if not sample.mask or (not sample.is_anomalous and not Path(sample.mask).is_file()):
+        if sample.is_anomalous and needs_mask:
+            text = "is defective and has no mask, as others have: the pixel figures would be wrong"
+            findings.add("error", "no-mask", text, sample.image)
+        return
+    try:
+        with Image.open(sample.mask) as image:
+            mask = np.asarray(image.convert("L"))
+    except FileNotFoundError:
+        findings.add("error", "no-mask", "is the mask of a defective image, and is not there", sample.mask)
+        return
+    except READABLE_ERRORS as error:
+        findings.add("error", "unreadable-mask", f"is a mask that cannot be read: {type(error).__name__}", sample.mask)
+        return
+    if picture is not None and mask.shape[::-1] != picture.size:
+        text = "is a mask of another size than its image: it would lie beside the defect"
+        findings.add("error", "mask-size", text, sample.mask)
+    if sample.threshold is None and len(np.unique(mask)) > 2:  # noqa: PLR2004 - good and defective
+        text = "is a mask with values between black and white: all but 0 count as defective"
+        findings.add("warning", "mask-not-binary", text, sample.mask)
+    mask = mask > (sample.threshold or 0)
+    if sample.is_anomalous and not mask.any():
+        text = "is an empty mask of a defective image: its pixels count as good"
+        findings.add("warning", "mask-empty", text, sample.mask)
+    if not sample.is_anomalous and mask.any():
+        findings.add(
+            "error", "mask-of-good-image", "is a mask with a defect, of an image labelled as good", sample.mask
+        )
+
+
+# --- many files --------------------------------------------------------------------------------------------------
+
+
+def _compare_sizes(pictures: dict[str, _Picture], findings: _Findings) -> None:
+    sizes = {picture.size for picture in pictures.values()}
+    if len(sizes) > 1:
+        small, large = min(sizes), max(sizes)
+        span = f"from {small[0]}x{small[1]} to {large[0]}x{large[1]}"
+        text = f"images have {len(sizes)} sizes, {span}; all are resized to one"
+        findings.add("note", "sizes", text)
+    stretched = [path for path, picture in pictures.items() if max(picture.size) > STRETCHED * min(picture.size)]
+    if stretched:
+        text = "is far from square: a square image_size distorts it. Give height and width, as in '[96, 128]'"
+        findings.add("warning", "aspect-ratio", text, *stretched)
+
+
+def _compare_pictures(samples: list[_Sample], pictures: dict[str, _Picture], findings: _Findings) -> None:
+    """Find pictures that are in the training set and in the test set, under the same or another name."""
+    train = {sample.image for sample in samples if sample.split == "train" and sample.image in pictures}
+    test = {sample.image for sample in samples if sample.split != "train" and sample.image in pictures}
+    for path in sorted(train & test):
+        findings.add("error", "same-file", "is in the training set and in the test set", path)
+    by_digest: dict[bytes, list[str]] = defaultdict(list)
+    for path in sorted(train | test):
+        by_digest[pictures[path].digest].append(path)
+    for paths in by_digest.values():
+        if len(paths) > 1:
+            is_leak = bool(train & set(paths)) and bool(test & set(paths))
+            where = "in training set and test set" if is_leak else "in one set"
+            text = f"are the same picture under different names, {where}: {', '.join(Path(p).name for p in paths)}"
+            findings.add("error" if is_leak else "warning", "same-picture", text, *paths)
+    _find_near(sorted(train), sorted(test - train), pictures, findings)
+
+
+def _find_near(train: list[str], test: list[str], pictures: dict[str, _Picture], findings: _Findings) -> None:
+    if not train or not test:
+        return
+    hashes = np.stack([pictures[path].hash for path in train])  # (N, bits)
+    for path in test:
+        distances = (hashes != pictures[path].hash).sum(axis=1)
+        nearest = int(distances.argmin())
+        is_same = pictures[train[nearest]].digest == pictures[path].digest
+        if distances[nearest] <= NEAR and not is_same:
+            text = "look like one another, the first in the training set, the second in the test set"
+            findings.add("warning", "near-duplicate", text, f"{train[nearest]} and {path}")
+
+
+def _find_ignored(samples: list[_Sample], findings: _Findings) -> None:
+    """Find pictures that lie beside those of the data set and are not read."""
+    known = {Path(path).resolve() for sample in samples for path in (sample.image, sample.mask) if path}
+    for folder in sorted({path.parent for path in known if path.parent.is_dir()}):
+        for path in sorted(folder.iterdir()):
+            if path.suffix.lower() in IMAGE_SUFFIXES and path.is_file() and path.resolve() not in known:
+                text = "lies beside images of the data set and is not read: another suffix, or left out by a split"
+                findings.add("warning", "ignored", text, str(path))

@@ -1,0 +1,233 @@
+import shutil
+from pathlib import Path
+from types import SimpleNamespace
+
+import numpy as np
+import pandas as pd
+import pytest
+import skimage.data
+from anomalib.data import Folder
+from PIL import Image
+
+from anomalib_dskd import MagneticTile
+from anomalib_dskd.data.check import check_data, check_splits
+
+SIDE = 48
+
+
+def picture(seed: int, side: int = SIDE) -> Image.Image:
+    random = np.random.default_rng(seed)
+    top, left = random.integers(0, 512 - 4 * side, size=2)
+    crop = skimage.data.astronaut()[top : top + 4 * side, left : left + 4 * side]
+    return Image.fromarray(crop[:: random.integers(1, 4), :: random.integers(1, 4)][:side, :side])
+
+
+@pytest.fixture
+def root(tmp_path: Path) -> Path:
+    """A sound data set: 12 good images for training, 3 for the test, 3 defective ones with masks."""
+    folder = tmp_path / "parts"
+    for seed, name in enumerate([f"good/{i:02}" for i in range(12)] + [f"test/{i}" for i in range(3)]):
+        (folder / name).parent.mkdir(parents=True, exist_ok=True)
+        picture(seed).save(folder / f"{name}.png")
+    for index in range(3):
+        for name in ("bad", "mask"):
+            (folder / name).mkdir(exist_ok=True)
+        picture(100 + index).save(folder / "bad" / f"{index}.png")
+        mask = np.zeros((SIDE, SIDE), dtype=np.uint8)
+        mask[10:20, 10:30] = 255
+        Image.fromarray(mask).save(folder / "mask" / f"{index}.png")
+    return folder
+
+
+def module(root: Path, **arguments) -> Folder:
+    folders = {"normal_dir": "good", "normal_test_dir": "test", "abnormal_dir": "bad", "mask_dir": "mask"}
+    settings = {"name": "parts", "root": root, "val_split_mode": "same_as_test", "test_split_mode": "from_dir"}
+    return Folder(**{**settings, **folders, **arguments})
+
+
+def found(root: Path, **arguments) -> dict[str, tuple[str, list[str]]]:
+    findings = check_data(module(root, **arguments))
+    return {finding.kind: (finding.severity, [Path(file).name for file in finding.files]) for finding in findings}
+
+
+def test_a_sound_data_set_has_no_findings(root):
+    assert found(root) == {}
+
+
+def save(root: Path, name: str, image: Image.Image, **arguments) -> None:
+    image.save(root / name, **arguments)
+
+
+def with_exif(root: Path) -> None:
+    exif = Image.Exif()
+    exif[0x0112] = 6
+    save(root, "good/00.jpg", picture(50), exif=exif)
+
+
+def transparent_palette(root: Path) -> None:
+    save(root, "good/00.png", picture(0).convert("P"), transparency=0)
+
+
+def truncated(root: Path) -> None:
+    contents = (root / "good" / "03.png").read_bytes()
+    (root / "good" / "03.png").write_bytes(contents[: len(contents) // 2])
+
+
+def truncated_jpeg(root: Path) -> None:
+    picture(60, 96).save(root / "good" / "zz.jpg")
+    contents = (root / "good" / "zz.jpg").read_bytes()
+    (root / "good" / "zz.jpg").write_bytes(contents[: len(contents) // 2])
+
+
+def mask(root: Path, values: np.ndarray) -> None:
+    Image.fromarray(values.astype(np.uint8)).save(root / "mask" / "0.png")
+
+
+def ramp() -> np.ndarray:
+    return np.arange(SIDE * SIDE).reshape(SIDE, SIDE) % 256
+
+
+BREAK = {
+    "truncated PNG": (truncated, {"unreadable": ("error", ["03.png"])}),
+    "truncated JPEG": (truncated_jpeg, {"unreadable": ("error", ["zz.jpg"])}),
+    "empty file": (lambda r: (r / "good/00.png").write_bytes(b""), {"unreadable": ("error", ["00.png"])}),
+    "text": (lambda r: (r / "bad/1.png").write_text("no image"), {"unreadable": ("error", ["1.png"])}),
+    "16 bits": (
+        lambda r: save(r, "good/00.png", Image.fromarray((ramp() * 200).astype(np.uint16))),
+        {"deep": ("error", ["00.png"])},
+    ),
+    "32 bits": (
+        lambda r: save(r, "good/00.tiff", Image.fromarray(ramp().astype(np.int32))),
+        {"deep": ("error", ["00.tiff"])},
+    ),
+    "floats": (
+        lambda r: save(r, "good/00.tiff", Image.fromarray(ramp().astype(np.float32))),
+        {"deep": ("error", ["00.tiff"])},
+    ),
+    "palette": (lambda r: save(r, "good/00.png", picture(0).convert("P")), {"mode-p": ("note", ["00.png"])}),
+    "transparent palette": (transparent_palette, {"mode-p": ("note", ["00.png"])}),
+    "CMYK": (lambda r: save(r, "good/zz.jpg", picture(70).convert("CMYK")), {"mode-cmyk": ("warning", ["zz.jpg"])}),
+    "alpha": (lambda r: save(r, "good/00.png", picture(0).convert("RGBA")), {"mode-rgba": ("warning", ["00.png"])}),
+    "gray and alpha": (
+        lambda r: save(r, "good/00.png", picture(0).convert("LA")),
+        {"mode-la": ("warning", ["00.png"])},
+    ),
+    "one bit": (lambda r: save(r, "good/00.png", picture(0).convert("1")), {"mode-1": ("note", ["00.png"])}),
+    "transparent colour": (
+        lambda r: save(r, "good/00.png", picture(0), transparency=(0, 0, 0)),
+        {"mode-transparency": ("warning", ["00.png"])},
+    ),
+    "rotated by EXIF": (with_exif, {"exif-orientation": ("warning", ["00.jpg"])}),
+    "pages": (
+        lambda r: save(r, "good/zz.tiff", picture(80), save_all=True, append_images=[picture(81)]),
+        {"frames": ("warning", ["zz.tiff"])},
+    ),
+    "black": (lambda r: save(r, "good/00.png", Image.new("RGB", (SIDE, SIDE))), {"constant": ("warning", ["00.png"])}),
+    "white": (
+        lambda r: save(r, "test/0.png", Image.new("L", (SIDE, SIDE), 255)),
+        {"constant": ("warning", ["0.png"])},
+    ),
+    "another size": (lambda r: save(r, "good/00.png", picture(0, 60)), {"sizes": ("note", [])}),
+    "stretched": (
+        lambda r: save(r, "good/00.png", picture(0).resize((100, 48))),
+        {"sizes": ("note", []), "aspect-ratio": ("warning", ["00.png"])},
+    ),
+    "mask of another size": (
+        lambda r: save(r, "mask/0.png", Image.new("L", (30, 30), 255)),
+        {"mask-size": ("error", ["0.png"])},
+    ),
+    "empty mask": (lambda r: mask(r, np.zeros((SIDE, SIDE))), {"mask-empty": ("warning", ["0.png"])}),
+    "soft mask": (lambda r: mask(r, ramp()), {"mask-not-binary": ("warning", ["0.png"])}),
+    "truncated mask": (
+        lambda r: (r / "mask/0.png").write_bytes((r / "mask/0.png").read_bytes()[:50]),
+        {"unreadable-mask": ("error", ["0.png"])},
+    ),
+    "mask missing": (lambda r: (r / "mask/0.png").unlink(), {"setup": ("error", [])}),
+    "same picture in training and test": (
+        lambda r: shutil.copy(r / "good/00.png", r / "test/copy.png"),
+        {"same-picture": ("error", ["00.png", "copy.png"])},
+    ),
+    "same picture in another format": (
+        lambda r: save(r, "test/copy.bmp", picture(0)),
+        {"same-picture": ("error", ["00.png", "copy.bmp"])},
+    ),
+    "same picture twice in training": (
+        lambda r: shutil.copy(r / "good/00.png", r / "good/copy.png"),
+        {"same-picture": ("warning", ["00.png", "copy.png"])},
+    ),
+    "nearly the same picture": (
+        lambda r: save(r, "test/copy.jpg", picture(0), quality=80),
+        {"near-duplicate": ("warning", ["copy.jpg"])},
+    ),
+    "a suffix that is not read": (
+        lambda r: save(r, "good/00.gif", picture(90)),
+        {"ignored": ("warning", ["00.gif"])},
+    ),
+    "no folder": (lambda r: shutil.rmtree(r / "good"), {"setup": ("error", [])}),
+    "empty folder": (
+        lambda r: (shutil.rmtree(r / "good"), (r / "good").mkdir()),
+        {"setup": ("error", [])},
+    ),
+    "few images": (
+        lambda r: [(r / "good" / f"{i:02}.png").unlink() for i in range(3)],
+        {"few-training-images": ("warning", [])},
+    ),
+}
+
+
+@pytest.mark.parametrize("name", BREAK)
+def test_each_fault_is_found_with_its_file(name, root):
+    spoil, expected = BREAK[name]
+    spoil(root)
+    assert found(root) == expected
+
+
+@pytest.mark.parametrize(
+    ("splits", "expected"),
+    [
+        ({"train": (50, 0), "val": (5, 5), "test": (5, 5)}, {}),
+        ({"train": (0, 0), "val": (5, 5), "test": (5, 5)}, {"no-training-images": "error"}),
+        ({"train": (40, 2), "val": (5, 5), "test": (5, 5)}, {"defects-in-training": "error"}),
+        ({"train": (50, 0), "val": None, "test": (5, 5)}, {"no-validation-images": "error"}),
+        ({"train": (50, 0), "val": (5, 5), "test": (0, 0)}, {"no-test-images": "error"}),
+        ({"train": (50, 0), "val": (5, 0), "test": (5, 5)}, {"no-defects-in-validation": "warning"}),
+        ({"train": (50, 0), "val": (5, 5), "test": (0, 5)}, {"no-good-images-in-test": "warning"}),
+    ],
+)
+def test_splits_that_make_figures_meaningless_are_told(splits, expected):
+    data = SimpleNamespace()
+    for name, counts in splits.items():
+        if counts is not None:
+            labels = [0] * counts[0] + [1] * counts[1]
+            setattr(data, f"{name}_data", SimpleNamespace(samples=pd.DataFrame({"label_index": labels})))
+    assert {finding.kind: finding.severity for finding in check_splits(data)} == expected
+
+
+def test_a_folder_without_defects_has_no_figures(root):
+    assert found(root, abnormal_dir=None, mask_dir=None)["no-defects-in-test"][0] == "warning"
+
+
+def test_a_file_in_two_splits_is_an_error(root):
+    kinds = found(root, normal_test_dir="good")
+    assert kinds["same-file"][0] == "error"
+    assert len(kinds["same-file"][1]) == 12
+
+
+def test_messages_say_what_to_do(root):
+    truncated(root)
+    (finding,) = check_data(module(root))
+    assert finding.message.startswith("cannot be read: ")
+    assert finding.message.endswith("Replace or remove it")
+    assert finding.files == [str(root / "good" / "03.png")]
+
+
+def test_the_data_sets_own_reading_of_masks_is_respected(magnetic_tile_root):
+    kinds = {finding.kind for finding in check_data(MagneticTile(magnetic_tile_root))}
+    assert "mask-not-binary" not in kinds
+    assert not {"no-mask", "mask-size", "mask-of-good-image"} & kinds
+
+
+def test_every_image_is_looked_at_once(root):
+    seen = []
+    check_data(module(root), progress=lambda paths: seen.extend(paths) or iter(paths))
+    assert len(seen) == len(set(seen)) == 12 + 3 + 3
