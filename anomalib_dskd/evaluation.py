@@ -11,9 +11,9 @@ from collections.abc import Sequence
 from anomalib.data import ImageBatch, InferenceBatch
 from anomalib.metrics import AUPRO, AUROC, AnomalibMetric, Evaluator, F1Score
 
-__all__ = ["RawScoreEvaluator", "keep_raw_scores"]
+__all__ = ["FPR_LIMIT", "RawScoreEvaluator", "keep_raw_scores"]
 
-FPR_LIMIT = 0.3  # section 4.1.3
+FPR_LIMIT = 0.3  # of AUPRO; section 4.1.3
 
 
 def keep_raw_scores(batch: ImageBatch, predictions: InferenceBatch, *, largest: float) -> None:

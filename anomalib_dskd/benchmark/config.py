@@ -9,13 +9,16 @@ from typing import Any, Literal
 
 from anomalib_dskd.errors import ArgumentError
 
-__all__ = ["BenchmarkConfig", "DatasetSpec", "Job", "Measurements", "ModelSpec", "expand"]
+__all__ = ["OWN", "BenchmarkConfig", "DatasetSpec", "Job", "Measurements", "ModelSpec", "expand"]
 
 EXAMPLE_EPOCHS = {"Stfpm": 100, "ReverseDistillation": 200}
 """Epochs in the example configurations of anomalib 2.7. Those also stop early on test figures, which is left out."""
 PAPER_EPOCHS = {"Dskd": 200}  # section 4.1.2
-ONE_PASS = ("Padim", "Patchcore", "Dfm", "Dfkde")
-"""Models of anomalib that see the training images once, whatever they are told."""
+OWN_EPOCHS = ("AnomalyDino", "Dfkde", "Dfm", "MHPatchcore", "Padim", "Patchcore", "Rad", "SuperAdd")
+"""Models of anomalib that impose a number of epochs, mostly one, whatever they are told."""
+
+
+OWN = "the model's own"
 
 
 @dataclass
@@ -79,13 +82,12 @@ class BenchmarkConfig:
         epochs: of every model that trains in epochs and gives no number of its own. Default: those of anomalib's
             example configurations, and of the paper for DSKD.
         image_size: height and width of the images, for all models.
-        accelerator: as in Lightning's Trainer.
-        devices: as in Lightning's Trainer.
+        accelerator: as in Lightning's Trainer; each job has one device.
         precision: of the training of models that train in epochs, as in Lightning's Trainer. Everything else is
             done in 32-bit floating point.
         weights: files with pretrained weights, by architecture, such as ``{resnet18: resnet18.safetensors}``. All
-            models get them, whatever tag they ask for, and nothing is downloaded. Default: what timm has cached
-            or downloads.
+            models that take them from timm get these, whatever tag they ask for, and the model hub is off. Default:
+            what each model finds or downloads by itself.
         measure: what is measured beside accuracy.
         runner: ``local``, one job after the other, or ``ray``, spread over a Ray cluster (extra ``ray``).
         ray_address: of the cluster, as in ``ray.init``. Default: start one here.
@@ -100,7 +102,6 @@ class BenchmarkConfig:
     epochs: int | None = None
     image_size: int = 256
     accelerator: str = "cpu"
-    devices: int = 1
     precision: str = "32-true"
     weights: dict[str, str] = field(default_factory=dict)
     measure: Measurements = field(default_factory=Measurements)
@@ -129,9 +130,8 @@ class Job:
     epochs: int | None
     epochs_source: str
     accelerator: str
-    devices: int
     precision: str
-    weights: dict[str, str]
+    weights: list[dict[str, str]]
     measure: dict[str, Any]
 
     @property
@@ -152,13 +152,18 @@ class Job:
         return cls(**{**values, "image_size": tuple(values["image_size"])})
 
 
-def expand(config: BenchmarkConfig) -> list[Job]:
+def expand(config: BenchmarkConfig, weights: list[dict[str, str]] | None = None) -> list[Job]:
     """List the jobs of a benchmark: seeds outermost, so that a whole comparison is there early.
+
+    Args:
+        config: what to compare.
+        weights: name and hash of each file of ``config.weights``.
 
     Raises:
         ArgumentError: nothing to compare, a name given twice, a number out of range, or epochs unknown.
     """
     _check(config)
+    weights = weights or []
     return [
         Job(
             model=_name(model),
@@ -173,9 +178,8 @@ def expand(config: BenchmarkConfig) -> list[Job]:
             epochs=epochs,
             epochs_source=source,
             accelerator=config.accelerator,
-            devices=config.devices,
             precision=config.precision,
-            weights={name: str(path) for name, path in config.weights.items()},
+            weights=weights,
             measure=asdict(config.measure),
         )
         for seed in config.seeds
@@ -205,8 +209,8 @@ def _data_and_categories(data: Sequence[DatasetSpec]) -> Iterator[tuple[DatasetS
 def _epochs(model: ModelSpec, default: int | None) -> tuple[int | None, str]:
     """Return the number of epochs, and where it comes from."""
     class_name = _class_name(model)
-    if class_name in ONE_PASS:
-        return None, "the model's own: one pass"
+    if class_name in OWN_EPOCHS:
+        return None, OWN
     if model.epochs is not None or default is not None:
         return model.epochs or default, "this configuration"
     if class_name in EXAMPLE_EPOCHS:
@@ -229,6 +233,16 @@ def _check_description(spec: ModelSpec | DatasetSpec) -> None:
         raise ArgumentError(msg)
 
 
+def _check_size(spec: ModelSpec) -> None:
+    own = {"image_size", "pre_processor"} & set(spec.model.get("init_args", {}))
+    if own:
+        msg = (
+            f"model {_name(spec)!r} has {' and '.join(sorted(own))} among its init_args: all models get the same size. "
+            "Give the benchmark's `image_size`, or that of a data set."
+        )
+        raise ArgumentError(msg)
+
+
 def _check(config: BenchmarkConfig) -> None:
     for what, specs in (("models", config.models), ("datasets", config.datasets)):
         for spec in specs:
@@ -241,9 +255,15 @@ def _check(config: BenchmarkConfig) -> None:
         if twice:
             msg = f"{what} {', '.join(twice)} given more than once: give each a `name` of its own."
             raise ArgumentError(msg)
+    for model in config.models:
+        _check_size(model)
     if not config.seeds or len(set(config.seeds)) != len(config.seeds):
         msg = f"seeds {config.seeds} must be one or more different whole numbers."
         raise ArgumentError(msg)
+    for data in config.datasets:
+        if len(set(data.categories or ())) != len(data.categories or ()):
+            msg = f"categories {data.categories} of {_name(data)} must be different ones."
+            raise ArgumentError(msg)
     numbers = [("epochs", config.epochs), ("image_size", config.image_size)]
     numbers += [(f"epochs of {_name(model)}", model.epochs) for model in config.models]
     numbers += [(f"image_size of {_name(data)}", data.image_size) for data in config.datasets]

@@ -14,12 +14,13 @@ import numpy as np
 from numpy.typing import NDArray
 from PIL import Image
 
+from anomalib_dskd.benchmark.run_folder import PREDICTIONS, job_path
+from anomalib_dskd.benchmark.tables import Record
 from anomalib_dskd.data.image_files import READABLE_ERRORS
 from anomalib_dskd.errors import DataError
 
 __all__ = ["Example", "Gallery", "Picture", "make_gallery", "share_below"]
 
-Record = dict[str, Any]
 Numbers = NDArray[np.float64]
 
 SIDE = 192  # pixels of a picture's longer side: sharp at the 6 rem that the page gives it, on a phone's screen too
@@ -153,7 +154,7 @@ def _first_seeds(records: Iterable[Record]) -> list[Record]:
 
 
 def _read_scores(run_folder: Path, record: Record) -> _Scored | None:
-    file = run_folder / "jobs" / record["job"] / "predictions.npz"
+    file = job_path(run_folder, record["job"]) / PREDICTIONS
     if not file.is_file():
         return None
     paths, labels, classes, scores = _read_arrays(file, "paths", "labels", "classes", "scores")

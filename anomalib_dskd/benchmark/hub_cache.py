@@ -5,17 +5,18 @@ anomalib's models ask timm for pretrained weights by architecture and take no fi
 for all models are laid out as such a cache, and each job runs with the variable set and the hub switched off.
 """
 
-import hashlib
+import os
 from pathlib import Path
 
 import timm
 from safetensors.torch import save_file
 
 from anomalib_dskd.errors import ArgumentError
-from anomalib_dskd.weights import find_teacher_weights, hub_repository
+from anomalib_dskd.weights import WEIGHTS_FOLDER_VARIABLE, find_teacher_weights, hub_repository
 
 __all__ = ["describe_weights", "environment", "write_hub_cache"]
 
+BY_NAME = "by_name"
 REVISION = "0" * 40  # the cache's name for a snapshot; any will do
 
 
@@ -23,7 +24,7 @@ def write_hub_cache(weights: dict[str, str], folder: Path) -> None:
     """Lay out weights as a cache of the model hub, for every pretrained tag of their architecture.
 
     A file may hold only the layers that are used. What it lacks is filled up with NaN: a model that reads it
-    shows it at once.
+    shows it at once. Beside the cache lies a folder with the same files by timm's names, which DSKD looks into.
 
     Args:
         weights: files by architecture (without tag).
@@ -34,13 +35,18 @@ def write_hub_cache(weights: dict[str, str], folder: Path) -> None:
         TeacherWeightsError: a file is missing, unreadable, or of another architecture.
     """
     for architecture, path in weights.items():
-        repositories = _repositories(architecture)
+        tags = _tags(architecture)
         state = find_teacher_weights(architecture, path).completed(architecture)
-        contiguous = {name: tensor.contiguous() for name, tensor in state.items()}
-        for repository in repositories:
+        whole = folder / BY_NAME / f"{architecture}.safetensors"
+        whole.parent.mkdir(parents=True, exist_ok=True)
+        whole.unlink(missing_ok=True)  # not written through: other tags are links to it
+        save_file({name: tensor.contiguous() for name, tensor in state.items()}, whole)
+        for tag, repository in tags.items():
             snapshot = folder / f"models--{repository.replace('/', '--')}" / "snapshots" / REVISION
-            snapshot.mkdir(parents=True, exist_ok=True)
-            save_file(contiguous, snapshot / "model.safetensors")
+            for link in (whole.with_name(f"{tag}.safetensors"), snapshot / "model.safetensors"):
+                link.parent.mkdir(parents=True, exist_ok=True)
+                link.unlink(missing_ok=True)
+                os.link(whole, link)
             references = snapshot.parent.parent / "refs"
             references.mkdir(exist_ok=True)
             (references / "main").write_text(REVISION)
@@ -48,24 +54,30 @@ def write_hub_cache(weights: dict[str, str], folder: Path) -> None:
 
 def environment(folder: Path) -> dict[str, str]:
     """Return the environment variables under which that cache, and nothing else, is read."""
-    return {"HF_HUB_CACHE": str(folder.absolute()), "HF_HUB_OFFLINE": "1"}
+    return {
+        "HF_HUB_CACHE": str(folder.absolute()),
+        "HF_HUB_OFFLINE": "1",
+        WEIGHTS_FOLDER_VARIABLE: str(folder.absolute() / BY_NAME),
+    }
 
 
 def describe_weights(weights: dict[str, str]) -> list[dict[str, str]]:
-    """Return name and SHA-256 of each file, for the report."""
-    return [
-        {"name": name, "file": Path(path).name, "sha256": hashlib.sha256(Path(path).read_bytes()).hexdigest()}
-        for name, path in sorted(weights.items())
-    ]
+    """Return name, file and SHA-256 of each architecture's weights, for the report.
+
+    Raises:
+        TeacherWeightsError: a file is missing.
+    """
+    return [{"name": name, **find_teacher_weights(name, path).origin} for name, path in sorted(weights.items())]
 
 
-def _repositories(architecture: str) -> list[str]:
+def _tags(architecture: str) -> dict[str, str]:
+    """Return the model hub's repository of each pretrained tag."""
     if "." in architecture or not timm.is_model(architecture):
         msg = f"weights for {architecture!r}: give the name of a timm architecture without tag, such as 'resnet18'."
         raise ArgumentError(msg)
-    found = {hub_repository(name) for name in timm.list_pretrained(f"{architecture}.*")}
-    repositories = sorted(repository for repository in found if repository)
-    if not repositories:
+    found = {tag: hub_repository(tag) for tag in timm.list_pretrained(f"{architecture}.*")}
+    tags = {tag: repository for tag, repository in found.items() if repository}
+    if not tags:
         msg = f"weights for {architecture!r}: timm has no pretrained weights of it on the model hub."
         raise ArgumentError(msg)
-    return repositories
+    return tags

@@ -15,10 +15,9 @@ from numpy.typing import NDArray
 from torch import Tensor
 
 from anomalib_dskd.errors import DskdError
+from anomalib_dskd.evaluation import FPR_LIMIT
 
 __all__ = ["Predictions", "ScoreRecorder", "figures", "figures_by_class"]
-
-FPR_LIMIT = 0.3  # of AUPRO; section 4.1.3 of the DSKD paper
 
 
 @dataclass(frozen=True)
@@ -84,7 +83,7 @@ class ScoreRecorder(Callback):
             classes: kind of defect by image path.
 
         Raises:
-            DskdError: scores or maps are not finite.
+            DskdError: scores or maps are not finite, or there are no labels.
         """
         scores = _joined(self._batches, "pred_score")
         if scores is None:
@@ -99,9 +98,14 @@ class ScoreRecorder(Callback):
                 raise DskdError(msg)
         masks = _joined(self._batches, "gt_mask")
         labels = _joined(self._batches, "gt_label")
+        if labels is None:
+            msg = (
+                "the test images have no labels: nothing can be compared. Give a data module with a labelled test set."
+            )
+            raise DskdError(msg)
         paths = [path for batch in self._batches for path in batch["image_path"]]
         return Predictions(
-            paths=paths,
+            paths=[str(Path(path).absolute()) for path in paths],  # to be found from any folder
             labels=np.asarray(labels).astype(np.int64).reshape(-1),
             classes=[classes.get(path, "") for path in paths],
             scores=np.asarray(scores, dtype=np.float32).reshape(-1),

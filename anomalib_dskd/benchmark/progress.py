@@ -50,7 +50,9 @@ class BenchmarkProgress:
         """Count a job, and say in a line what came of it."""
         self.done += 1
         self._bars.update(self._sweep, completed=self.done, description=self._title())
-        self.console.print(f"{self.done} of {self.total}: {job.title}: {outcome}", markup=False, highlight=False)
+        self.console.print(
+            f"{self.done} of {self.total}: {job.title}: {outcome}", markup=False, highlight=False, soft_wrap=True
+        )
 
     def _title(self) -> str:
         return f"{self.done} of {self.total} jobs"

@@ -18,7 +18,7 @@ from jinja2 import Environment, FileSystemLoader, StrictUndefined
 
 from anomalib_dskd.benchmark import paper
 from anomalib_dskd.benchmark.gallery import Gallery, make_gallery
-from anomalib_dskd.benchmark.run_folder import read_results
+from anomalib_dskd.benchmark.run_folder import CONFIG, RESULTS, read_results
 from anomalib_dskd.benchmark.scatter import draw_accuracy_against_latency
 from anomalib_dskd.benchmark.sections import (
     DataSet,
@@ -40,7 +40,6 @@ from anomalib_dskd.errors import ArgumentError, DataError
 
 __all__ = ["write_report"]
 
-RESULTS = "results.jsonl"
 CSV_COLUMNS: Mapping[str, tuple[str, ...]] = {
     **{name: (name,) for name in ("job", "status", "reason", "model", "class_path", "init_args", "data", "category")},
     **{name: (name,) for name in ("seed", "epochs", "epochs_source", "image_size", "precision", "accelerator")},
@@ -83,7 +82,7 @@ def write_report(run_folder: Path, *, gallery_images: int = 6) -> list[Path]:
         grouped[record["data"]].append(record)
     data = [DataSet(name, of_data) for name, of_data in grouped.items()]
     sections = [_section(run_folder, data_set, gallery_images) for data_set in data]
-    config = run_folder / "config.yaml"
+    config = run_folder / CONFIG
     page = {
         "name": run_folder.resolve().name,
         "facts": facts_of(records),

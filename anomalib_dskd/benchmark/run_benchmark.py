@@ -4,13 +4,14 @@ from typing import Any
 
 from rich.console import Console
 
-from anomalib_dskd.benchmark.config import BenchmarkConfig, expand
-from anomalib_dskd.benchmark.hub_cache import environment, write_hub_cache
+from anomalib_dskd.benchmark.config import BenchmarkConfig, Job, expand
+from anomalib_dskd.benchmark.hub_cache import describe_weights, environment, write_hub_cache
 from anomalib_dskd.benchmark.progress import BenchmarkProgress
 from anomalib_dskd.benchmark.report import write_report
 from anomalib_dskd.benchmark.run_folder import RunFolder
 from anomalib_dskd.benchmark.run_job import check_job
 from anomalib_dskd.benchmark.runners import LocalRunner, RayRunner
+from anomalib_dskd.errors import DataError
 
 __all__ = ["run_benchmark"]
 
@@ -31,14 +32,23 @@ def run_benchmark(config: BenchmarkConfig, config_text: str, console: Console) -
         DataError: the run folder cannot be written.
         TeacherWeightsError: a file of weights is missing, unreadable, or of another architecture.
     """
-    jobs = expand(config)
+    jobs = expand(config, describe_weights(config.weights))
     for job in jobs:
         check_job(job)
+    try:
+        return _run(config, config_text, jobs, console)
+    except OSError as error:
+        msg = f"run folder {str(config.run_folder)!r}: {error}. Finished results are kept; the same command goes on."
+        raise DataError(msg) from error
+
+
+def _run(config: BenchmarkConfig, config_text: str, jobs: list[Job], console: Console) -> bool:
     with RunFolder(config.run_folder, config_text) as folder:
         cache = folder.path / "weights"
-        write_hub_cache(config.weights, cache)
         finished = folder.finished()
         waiting = [(job, folder.job_folder(job.id)) for job in jobs if job.id not in finished]
+        if waiting:
+            write_hub_cache(config.weights, cache)
         by_id = {job.id: job for job, _ in waiting}
         failed = 0
         with BenchmarkProgress(len(jobs), len(jobs) - len(waiting), console) as progress:

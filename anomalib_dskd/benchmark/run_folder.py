@@ -12,10 +12,11 @@ from typing_extensions import Self
 
 from anomalib_dskd.errors import ArgumentError, DataError
 
-__all__ = ["RunFolder", "read_results"]
+__all__ = ["CONFIG", "PREDICTIONS", "RESULTS", "RunFolder", "job_path", "read_results"]
 
 CONFIG = "config.yaml"
 RESULTS = "results.jsonl"
+PREDICTIONS = "predictions.npz"
 
 
 class RunFolder:
@@ -61,7 +62,7 @@ class RunFolder:
 
     def job_folder(self, job_id: str) -> Path:
         """Return the folder of a job's log and predictions, made if it is not there."""
-        folder = self.path / "jobs" / job_id
+        folder = job_path(self.path, job_id)
         folder.mkdir(parents=True, exist_ok=True)
         return folder
 
@@ -87,7 +88,9 @@ class RunFolder:
     def _keep_config(self) -> None:
         kept = self.path / CONFIG
         if not kept.is_file():
-            kept.write_text(self.config, encoding="utf-8")
+            part = kept.with_suffix(".part")
+            part.write_text(self.config, encoding="utf-8")
+            part.replace(kept)  # whole or not at all
             return
         before = kept.read_text(encoding="utf-8")
         if before != self.config:
@@ -114,6 +117,11 @@ class RunFolder:
             f"run folder {str(self.path)!r} cannot be written: {error}. Finished results are kept; make room or "
             "change the permissions, and give the same command again."
         )
+
+
+def job_path(run_folder: Path, job_id: str) -> Path:
+    """Return where a job's log and predictions are."""
+    return run_folder / "jobs" / job_id
 
 
 def read_results(path: Path) -> list[dict[str, Any]]:

@@ -24,19 +24,18 @@ from jsonargparse import ArgumentParser
 from lightning import Callback, LightningModule, Trainer, seed_everything
 
 import anomalib_dskd
-from anomalib_dskd.benchmark.config import Job
-from anomalib_dskd.benchmark.hub_cache import describe_weights
+from anomalib_dskd.benchmark.config import OWN, Job
 from anomalib_dskd.benchmark.predictions import ScoreRecorder, figures, figures_by_class
+from anomalib_dskd.benchmark.run_folder import PREDICTIONS
 from anomalib_dskd.benchmark.speed import measure_cost, measure_openvino, measure_pytorch, peak_memory_mib
 from anomalib_dskd.errors import ArgumentError
 
-__all__ = ["check_job", "failure", "run_job"]
+__all__ = ["check_job", "failure", "now", "run_job"]
 
 Report = Callable[[float, str], None]
 """Takes the fraction of the job that is done, and what it is at."""
 
 TRAINING_SHARE = 0.9  # of a job's time, for the progress bar
-PREDICTIONS = "predictions.npz"
 
 
 def run_job(job: Job, folder: Path, report: Report) -> dict[str, Any]:
@@ -50,17 +49,18 @@ def run_job(job: Job, folder: Path, report: Report) -> dict[str, Any]:
     Returns:
         The job's line in the results.
     """
-    started = _now()
+    started = now()
     seed_everything(job.seed, workers=True, verbose=False)  # before anything draws random numbers
     data = _build(AnomalibDataModule, job.data_class_path, _data_arguments(job))
     model = _build(AnomalibModule, job.class_path, _model_arguments(job))
-    seed_everything(job.seed, workers=True, verbose=False)  # models draw different numbers: data order is the same
+    seed_everything(job.seed, workers=True, verbose=False)  # constructors draw different numbers
     clock, recorder = _Clock(report), ScoreRecorder()
     with TemporaryDirectory(prefix="anomalib-dskd-") as scratch:
         report(0.0, "preparing")
         start = time.perf_counter()
         trainer = _fit(job, model, data, clock, Path(scratch))
         fit_seconds = time.perf_counter() - start
+        trained = sum(p.numel() for o in trainer.optimizers for g in o.param_groups for p in g["params"])
         report(TRAINING_SHARE, "testing")
         _test(job, model, data, recorder, Path(scratch))
     memory = peak_memory_mib()
@@ -80,16 +80,16 @@ def run_job(job: Job, folder: Path, report: Report) -> dict[str, Any]:
             "images": images,
             "images_per_second": images / clock.seconds_an_epoch if clock.seconds_an_epoch else None,
         },
-        "weights": describe_weights(job.weights),
+        "weights": job.weights,
         "machine": machine(),
         "started": started,
     }
+    if job.epochs is None or "max_epochs" in model.trainer_arguments:
+        record.update(epochs=trainer.current_epoch, epochs_source=OWN)
     report(TRAINING_SHARE, "measuring")
-    trained = sum(p.numel() for group in trainer.optimizers for g in group.param_groups for p in g["params"])
-    record["cost"] = {"peak_memory_mib": memory, **measure_cost(model, job.image_size, trained)}
-    record.update(_speed(job, model, data))
-    record["cost"]["export_mib"] = record.pop("export_mib")
-    return {**record, "finished": _now()}
+    measured = _measure(job, model, data, trained)
+    measured["cost"]["peak_memory_mib"] = memory
+    return {**record, **measured, "finished": now()}
 
 
 def check_job(job: Job) -> None:
@@ -100,14 +100,15 @@ def check_job(job: Job) -> None:
     """
     for base, class_path, arguments in (
         (AnomalibDataModule, job.data_class_path, _data_arguments(job)),
-        (AnomalibModule, job.class_path, job.init_args),
+        (AnomalibModule, job.class_path, job.init_args),  # before the class is asked what else it takes
+        (AnomalibModule, job.class_path, None),
     ):
-        _parser(base, class_path, arguments)
+        _parser(base, class_path, _model_arguments(job) if arguments is None else arguments)
 
 
 def failure(job: Job, reason: str, started: str | None = None) -> dict[str, Any]:
     """Return the line in the results of a job that failed."""
-    return {**_identity(job), "status": "failed", "reason": reason, "started": started or _now(), "finished": _now()}
+    return {**_identity(job), "status": "failed", "reason": reason, "started": started or now(), "finished": now()}
 
 
 def _identity(job: Job) -> dict[str, Any]:
@@ -131,11 +132,11 @@ def _data_arguments(job: Job) -> dict[str, Any]:
 
 def _model_arguments(job: Job) -> dict[str, Any]:
     """Add the image size in the way that the model takes it, and leave out what would only cost time."""
-    arguments = {"visualizer": False, "evaluator": False, **job.init_args}
-    if "pre_processor" in arguments or "image_size" in arguments:
-        return arguments
     model_class = _import(job.class_path)
-    if "image_size" in inspect.signature(model_class).parameters:
+    parameters = inspect.signature(model_class).parameters
+    unused = {name: False for name in ("visualizer", "evaluator") if name in parameters}
+    arguments = {**unused, **job.init_args}
+    if "image_size" in parameters:
         return {**arguments, "image_size": job.image_size}
     # anomalib's models take a size through their own pre-processor alone, which has their authors' normalisation
     return {**arguments, "pre_processor": model_class.configure_pre_processor(image_size=job.image_size)}
@@ -201,7 +202,7 @@ def _engine(job: Job, folder: Path, callbacks: list[Callback], **arguments: Any)
         default_root_dir=folder,
         callbacks=callbacks,
         accelerator=job.accelerator,
-        devices=job.devices,
+        devices=1,
         logger=False,
         enable_progress_bar=False,
         enable_model_summary=False,
@@ -212,7 +213,7 @@ def _engine(job: Job, folder: Path, callbacks: list[Callback], **arguments: Any)
 def _fit(job: Job, model: AnomalibModule, data: AnomalibDataModule, clock: Callback, folder: Path) -> Trainer:
     """Train, with one validation at the end: all that thresholds and memory banks need."""
     arguments: dict[str, Any] = {}
-    if job.epochs is not None:
+    if job.epochs is not None and "max_epochs" not in model.trainer_arguments:
         arguments = {"max_epochs": job.epochs, "check_val_every_n_epoch": job.epochs, "precision": job.precision}
     engine = _engine(job, folder, [clock], **arguments)
     engine.fit(model, datamodule=data)
@@ -234,29 +235,35 @@ def _classes(data: AnomalibDataModule) -> dict[str, str]:
 # --- measuring ---------------------------------------------------------------------------------------------------
 
 
-def _speed(job: Job, model: AnomalibModule, data: AnomalibDataModule) -> dict[str, Any]:
+def _measure(job: Job, model: AnomalibModule, data: AnomalibDataModule, trained: int) -> dict[str, Any]:
     """Measure what was asked for; what cannot be measured is told in the notes and costs no other result."""
+    notes: list[str] = []
+
+    def attempt(what: str, measure: Callable[[], Any]) -> Any:  # noqa: ANN401 - whatever is measured
+        try:
+            return measure()
+        except Exception as error:  # whatever a foreign model raises
+            notes.append(f"{what}: {_one_line(error)}")
+            return None
+
+    size, seconds = job.image_size, job.measure["seconds"]
     names = ("pytorch_ms", "openvino_ms", "openvino_int8_ms", "throughput", "throughput_batch")
     speed: dict[str, float | int | None] = dict.fromkeys(names)
-    export_mib, notes = None, []
-    seconds = job.measure["seconds"]
+    cost = attempt("cost", lambda: measure_cost(model, size, trained)) or {}
+    cost["export_mib"] = None
     if job.measure["speed"]:
-        speed["pytorch_ms"] = measure_pytorch(model, job.image_size, seconds=seconds)
-        try:
-            f32 = measure_openvino(model, job.image_size, seconds=seconds)
-            speed.update(openvino_ms=f32["milliseconds"], throughput=f32["throughput"], throughput_batch=f32["batch"])
-            export_mib = f32["mib"]
-        except Exception as error:  # whatever a foreign model's export raises
-            notes.append(f"OpenVINO: {_one_line(error)}")
+        speed["pytorch_ms"] = attempt("PyTorch", lambda: measure_pytorch(model, size, seconds=seconds))
+        f32 = attempt("OpenVINO", lambda: measure_openvino(model, size, seconds=seconds)) or {}
+        speed.update(openvino_ms=f32.get("milliseconds"), throughput=f32.get("throughput"))
+        speed["throughput_batch"], cost["export_mib"] = f32.get("batch"), f32.get("mib")
     if job.measure["int8"]:
-        try:
-            int8 = measure_openvino(
-                model, job.image_size, seconds=seconds, compression=CompressionType.INT8_PTQ, datamodule=data
-            )
-            speed["openvino_int8_ms"] = int8["milliseconds"]
-        except Exception as error:  # as above
-            notes.append(f"OpenVINO INT8: {_one_line(error)}")
-    return {"speed": speed, "export_mib": export_mib, "notes": notes}
+        ptq = CompressionType.INT8_PTQ
+        int8 = attempt(
+            "OpenVINO INT8",
+            lambda: measure_openvino(model, size, seconds=seconds, compression=ptq, datamodule=data),
+        )
+        speed["openvino_int8_ms"] = (int8 or {}).get("milliseconds")
+    return {"speed": speed, "cost": cost, "notes": notes}
 
 
 def _one_line(error: Exception) -> str:
@@ -305,5 +312,6 @@ def _commit() -> str | None:
         return None
 
 
-def _now() -> str:
+def now() -> str:
+    """Return the time in UTC."""
     return datetime.now(timezone.utc).isoformat(timespec="seconds")

@@ -2,10 +2,10 @@
 
 import multiprocessing
 import os
-import sys
+import threading
 import traceback
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from contextlib import contextmanager, redirect_stderr, redirect_stdout
+from contextlib import contextmanager
 from dataclasses import asdict
 from multiprocessing.connection import Connection
 from pathlib import Path
@@ -13,8 +13,8 @@ from tempfile import TemporaryDirectory
 from typing import Any
 
 from anomalib_dskd.benchmark.config import Job
+from anomalib_dskd.benchmark.run_job import failure, now, run_job
 from anomalib_dskd.errors import ArgumentError
-from anomalib_dskd.weights import WEIGHTS_FOLDER_VARIABLE
 
 __all__ = ["LocalRunner", "RayRunner"]
 
@@ -55,16 +55,16 @@ class LocalRunner:
             record = self._listen(job, receiver)
             process.join()
         except BaseException:  # Ctrl-C too: no job outlives the benchmark
-            process.terminate()
+            process.kill()
             process.join()
             raise
-        return record if record is not None else _failure(job, _death(process.exitcode, folder))
+        return record if record is not None else failure(job, _death(process.exitcode, folder))
 
     def _listen(self, job: Job, receiver: Connection) -> dict[str, Any] | None:
         while True:
             try:
                 kind, *contents = receiver.recv()
-            except EOFError:
+            except (EOFError, OSError):  # it ended, perhaps in the middle of a message
                 return None
             if kind == "result":
                 record: dict[str, Any] = contents[0]
@@ -130,7 +130,7 @@ class RayRunner:
         try:
             record, files = self.ray.get(reference)
         except self.ray.exceptions.RayError as error:
-            return _failure(job, f"lost {RETRIES + 1} times on the cluster: {error}")
+            return failure(job, f"lost on the cluster, after {RETRIES} retries: {error}")
         for name, contents in files.items():
             (folder / name).write_bytes(contents)
         self.progress(job, 1.0, "done")
@@ -143,8 +143,6 @@ def _set_environment(variables: Mapping[str, str]) -> Iterator[None]:
     """Set variables for processes that are started within the context."""
     before = dict(os.environ)
     os.environ.update(variables)
-    if "HF_HUB_CACHE" in variables:  # all models get the weights from there
-        os.environ.pop(WEIGHTS_FOLDER_VARIABLE, None)
     try:
         yield
     finally:
@@ -153,10 +151,21 @@ def _set_environment(variables: Mapping[str, str]) -> Iterator[None]:
 
 
 def _work(values: dict[str, Any], folder: str, sender: Connection) -> None:
-    """Run a job in a new process; a broken pipe means that the benchmark is gone, and ends it."""
-    job = Job.from_dict(values)
-    record = _run_and_log(job, Path(folder), lambda fraction, text: sender.send(("progress", fraction, text)))
-    sender.send(("result", record))
+    """Run a job in a new process."""
+    threading.Thread(target=_end_with_parent, daemon=True).start()
+    with (Path(folder) / LOG).open("w", encoding="utf-8") as log:
+        for stream in (1, 2):  # what libraries write past Python, and what they hold from their import, too
+            os.dup2(log.fileno(), stream)
+        job = Job.from_dict(values)
+        sender.send(("result", _attempt(job, Path(folder), lambda *news: sender.send(("progress", *news)))))
+
+
+def _end_with_parent() -> None:
+    """End this process when the benchmark's is gone, however it went: nothing trains beside its continuation."""
+    parent = multiprocessing.parent_process()
+    if parent is not None:
+        parent.join()
+        os._exit(1)
 
 
 def _work_remotely(values: dict[str, Any], environment: dict[str, str]) -> tuple[dict[str, Any], dict[str, bytes]]:
@@ -166,23 +175,13 @@ def _work_remotely(values: dict[str, Any], environment: dict[str, str]) -> tuple
         return record, {file.name: file.read_bytes() for file in Path(folder).iterdir()}
 
 
-def _run_and_log(job: Job, folder: Path, report: Callable[[float, str], None]) -> dict[str, Any]:
-    with (folder / LOG).open("w", encoding="utf-8") as log, redirect_stdout(log), redirect_stderr(log):
-        try:
-            from anomalib_dskd.benchmark.run_job import run_job  # noqa: PLC0415 - reads the environment at import
-
-            return run_job(job, folder, report)
-        except BrokenPipeError:
-            sys.exit(1)
-        except Exception as error:  # whatever a foreign model raises is a row in the report
-            traceback.print_exc()
-            return _failure(job, f"{type(error).__name__}: {error}")
-
-
-def _failure(job: Job, reason: str) -> dict[str, Any]:
-    from anomalib_dskd.benchmark.run_job import failure  # noqa: PLC0415 - imports PyTorch
-
-    return failure(job, reason)
+def _attempt(job: Job, folder: Path, report: Callable[[float, str], None]) -> dict[str, Any]:
+    started = now()
+    try:
+        return run_job(job, folder, report)
+    except Exception as error:  # whatever a foreign model raises is a row in the report
+        traceback.print_exc()
+        return failure(job, f"{type(error).__name__}: {error}", started)
 
 
 def _death(exit_code: int | None, folder: Path) -> str:

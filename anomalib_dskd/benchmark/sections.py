@@ -258,14 +258,16 @@ def _cost_notes(data: DataSet, *, at_its_size: bool, has_paper: bool) -> list[st
     throughput = ", ".join(f"{model} {batch}" for model, batch in batches.items() if batch is not None)
     notes = [
         "Means over categories and seeds. Milliseconds are those of one image at a time; peak memory is that of the "
-        "whole process, training included; GMAC are billions of multiply-adds an image."
+        "whole process, training included; GMAC are billions of multiply-adds an image; training images/s are those of "
+        "the epochs after the first, in which caches fill, where there is more than one."
     ]
     notes += [f"Batch that the throughput was reached with: {throughput}."] if throughput else []
     if has_paper:
         compared = "" if at_its_size else "; at our image size its parameters alone compare"
         notes.append(
             f"Paper: Table 6, on an Intel i7 at 2.3 GHz and 256 x 256 pixels{compared}. Its 39.3 M parameters of DSKD "
-            "include some that no forward pass reaches. Its memory is left out: what was measured is not said."
+            "include some that no forward pass reaches; its 68.9 M of PaDiM fit another "
+            "backbone than ResNet18. Its memory is left out: what was measured is not said."
         )
     cpus = {value_at(record, ("machine", "cpu")) for record in data.records} - {None}
     notes += ["Measured on different processors (see below): times do not compare."] if len(cpus) > 1 else []
@@ -389,6 +391,7 @@ def facts_of(records: Sequence[Record]) -> list[tuple[str, str]]:
         str(r[name])[:16].replace("T", " ") for r in records for name in ("started", "finished") if r.get(name)
     )
     machines = [record["machine"] for record in records if record.get("machine")]
+    weights = {f"{file['name']} from {file['file']}" for r in records for file in r.get("weights") or []}
     facts = {
         "jobs": f"{status['done']} done, {status['failed']} failed",
         "models": ", ".join(dict.fromkeys(record["model"] for record in records)),
@@ -397,6 +400,7 @@ def facts_of(records: Sequence[Record]) -> list[tuple[str, str]]:
         "epochs": _values(records, "epochs"),
         "run": " to ".join(dict.fromkeys((times[0], times[-1]))) + " UTC" if times else "",
         "processor": "; ".join(dict.fromkeys(f"{m.get('cpu')}, {m.get('cores')} cores" for m in machines)),
+        "weights": ", ".join(sorted(weights)) or "each model's own, which may differ from one another",
         "commit": ", ".join(dict.fromkeys(str(m["commit"]) for m in machines if m.get("commit"))),
     }
     return [(name, text or NOT_MEASURED) for name, text in facts.items()]

@@ -19,7 +19,7 @@ def fresh_statistics(network: nn.Module) -> Iterator[None]:
     statistics and takes the plain mean over the batches; one in evaluation mode, such as the frozen teacher's,
     is left alone. (:func:`torch.optim.swa_utils.update_bn` would reset the teacher's too.)
 
-    If the network saw no batch, or an error ends the context, the statistics are those from before.
+    A batch norm that saw no batch keeps its statistics from before, and so do all if an error ends the context.
 
     Args:
         network: network whose training-mode batch norms are meant.
@@ -35,16 +35,16 @@ def fresh_statistics(network: nn.Module) -> Iterator[None]:
     norms = [module for module in network.modules() if isinstance(module, _BatchNorm) and module.training]
     before = [{name: buffer.clone() for name, buffer in norm.named_buffers()} for norm in norms]
     momenta = [norm.momentum for norm in norms]
-    seen = False
+    is_done = False
     try:
         for norm in norms:
             norm.reset_running_stats()
             norm.momentum = None  # PyTorch's way to ask for the plain mean
         yield
-        seen = all(norm.num_batches_tracked is None or norm.num_batches_tracked > 0 for norm in norms)
+        is_done = True
     finally:
         for norm, buffers, momentum in zip(norms, before, momenta, strict=True):
             norm.momentum = momentum
-            if not seen:
+            if not is_done or norm.num_batches_tracked == 0:
                 for name, buffer in norm.named_buffers():
                     buffer.copy_(buffers[name])

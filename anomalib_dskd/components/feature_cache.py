@@ -26,8 +26,8 @@ class FeatureCache:
     Without random augmentation a frozen teacher sees the same images in every epoch, and need be run in the
     first one alone. Features are kept with unit norm over channels, which is all that a cosine asks for, in
     float16 (a step of 5e-4 of each value, which changes ``1 - cos`` by about 1e-7). As an image's pixels are
-    its key, a random augmentation can never get another image's features; it merely finds nothing, and after
-    an epoch in which most images were not found, the cache empties and switches itself off.
+    its key, a randomly augmented image can never get another one's features; it merely is not found, and a
+    full cache that misses most images in an epoch empties and switches itself off.
 
     Up to ``memory`` the features are in memory, beyond it in a temporary file that vanishes with the process.
     If that cannot grow, the images left over are computed each time.
@@ -52,7 +52,8 @@ class FeatureCache:
         self.memory = memory
         self.is_on = True
         self._is_full = self._was_full = False
-        self._found = 0
+        self._is_short = False  # the file could not grow: misses are to be expected
+        self._found = self._seen = 0
         self._forget()
 
     def __reduce__(self) -> tuple[Callable[..., "FeatureCache"], tuple[Any, ...]]:
@@ -87,22 +88,27 @@ class FeatureCache:
             return self.network(images)
         keys = [_key(image) for image in images]
         missing = [index for index, key in enumerate(keys) if key not in self._rows]
+        self._seen += len(keys)
         self._found += len(keys) - len(missing)
         if not missing:
             return self._read(keys)
-        features = self.network(images)
+        computed = self.network(images[missing])
+        is_found = [index for index in range(len(keys)) if keys[index] in self._rows]
+        features = (
+            _merged(computed, missing, self._read([keys[i] for i in is_found]), is_found) if is_found else computed
+        )
         if not self._is_full:
-            self._write({keys[index]: index for index in missing}, features)
+            self._write({keys[index]: row for row, index in enumerate(missing)}, computed)
         return features
 
     def end_epoch(self) -> None:
-        """Take stock: a cache that was full when the epoch began, and in which it found nothing, is of no use."""
-        if self._was_full and self._found == 0:
+        """Take stock: a cache that was full when the epoch began, and missed most images, is of no use."""
+        if self._was_full and not self._is_short and 2 * self._found < self._seen:
             logger.info("teacher features are computed in each epoch: images differ from epoch to epoch")
             self.is_on = False
             self._forget()
         self._was_full = self._is_full
-        self._found = 0
+        self._found = self._seen = 0
 
     def _write(self, missing: dict[bytes, int], features: list[Tensor]) -> None:
         shapes = [level.shape[1:] for level in features]
@@ -115,6 +121,7 @@ class FeatureCache:
             row = len(self._rows)
             if row == self.images or (row == BLOCK * len(self._blocks) and not self._grow(rows.shape[1])):
                 self._is_full = True
+                self._is_short = row < self.images
                 return
             self._blocks[row // BLOCK][row % BLOCK] = rows[index]
             self._rows[key] = row
@@ -152,6 +159,12 @@ def _block_on_disk(size: int, values: int) -> np.ndarray:
         file.write(bytes(size))  # written, not only made longer: a full disk shows here, not in a crash later
         file.flush()
         return np.memmap(file, dtype=np.float16, mode="r+", shape=(BLOCK, values))
+
+
+def _merged(computed: list[Tensor], missing: list[int], found: list[Tensor], is_found: list[int]) -> list[Tensor]:
+    """Put the levels of two parts of a batch in the batch's order."""
+    order = torch.tensor(missing + is_found).argsort()
+    return [torch.cat([new.float(), old])[order] for new, old in zip(computed, found, strict=True)]
 
 
 def _key(image: Tensor) -> bytes:

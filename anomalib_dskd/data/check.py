@@ -9,11 +9,12 @@ from typing import Any, Literal, NamedTuple
 
 import imagehash
 import numpy as np
+from anomalib import TaskType
 from anomalib.data import AnomalibDataModule
 from numpy.typing import NDArray
 from PIL import ExifTags, Image
 
-from anomalib_dskd.data.image_files import READABLE_ERRORS
+from anomalib_dskd.data.image_files import READABLE_ERRORS, is_deep
 
 __all__ = ["Finding", "Severity", "check_data", "check_splits"]
 
@@ -172,7 +173,7 @@ def _samples(data: AnomalibDataModule) -> Iterator[_Sample]:
 
 
 def _has_masks(data: AnomalibDataModule) -> bool:
-    return str(getattr(data.test_data, "task", "")) == "segmentation"
+    return bool(getattr(getattr(data, "test_data", None), "task", None) == TaskType.SEGMENTATION)
 
 
 # --- one file ----------------------------------------------------------------------------------------------------
@@ -187,7 +188,7 @@ def _look_at_image(path: str, findings: _Findings) -> _Picture | None:
             if image.getexif().get(ExifTags.Base.Orientation, UPRIGHT) != UPRIGHT:
                 text = "says by EXIF that it is rotated, which anomalib ignores: rotate the pixels instead"
                 findings.add("warning", "exif-orientation", text, path)
-            if image.mode.startswith(("I", "F")):
+            if is_deep(image.mode):
                 text = "has more than 8 bits a channel; anomalib would clip it to white. Convert the data set to 8 bits"
                 findings.add("error", "deep", text, path)
             elif image.mode in MODES:

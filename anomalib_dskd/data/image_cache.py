@@ -30,11 +30,13 @@ def cache_training_images(data: AnomalibDataModule, *, memory: float) -> None:
     Reading a JPEG or PNG anew in each epoch costs more than a training step's share of it on a small processor.
 
     Args:
-        data: its ``train_data`` is wrapped; with random augmentations, or twice, nothing is done.
+        data: its ``train_data`` is wrapped, unless its augmentations may be random.
         memory: GiB for the images; those beyond are decoded in each epoch. 0 caches none.
     """
     dataset = data.train_data
-    if memory <= 0 or isinstance(dataset, CachedImages) or not len(dataset):
+    if isinstance(dataset, CachedImages):  # of an earlier training, with its own limit
+        dataset = data.train_data = dataset.dataset
+    if memory <= 0 or not len(dataset):
         return
     if not is_deterministic(dataset.augmentations):
         logger.info("training images are decoded in each epoch: %s may be random", dataset.augmentations)
@@ -60,7 +62,8 @@ class CachedImages(Dataset[ImageItem]):
 
     The images are in memory that worker processes share, so that what one has decoded in an epoch is there for
     all in the next. Where processes are spawned instead of forked (Windows, macOS), workers decode each time.
-    Images with a defect, or of another size than the first, are left alone.
+    Images with a defect, or of another size than the first, are left alone, and all of them where augmentations may
+    be random or items are more than image, mask and label.
 
     Args:
         dataset: the data set that reads files. Everything but its items is its own.
@@ -73,11 +76,13 @@ class CachedImages(Dataset[ImageItem]):
         self._start_anew()
 
     def _start_anew(self) -> None:
-        image = torch.as_tensor(self.dataset[0].image)
+        item = self.dataset[0]
+        image = torch.as_tensor(item.image)
         self._shape, size = image.shape, image.numel() * image.element_size()
         rows = min(len(self.dataset), int(self.memory * GIB) // size)
         self._images = self._states = None
-        if rows and image.dtype == torch.float32:
+        is_known = type(item) is ImageItem and image.dtype == torch.float32  # MVTec 3D-AD's items have a depth too
+        if rows and is_known and is_deterministic(self.dataset.augmentations):
             self._images = _shared(rows * size, np.float32).reshape(rows, *self._shape)
             self._states = _shared(rows, np.uint8)
 
@@ -133,7 +138,7 @@ class CachedImages(Dataset[ImageItem]):
         assert self._images is not None  # the caller has looked
         sample = self.dataset.samples.iloc[index]
         return ImageItem(
-            image=Image(torch.from_numpy(self._images[index])),
+            image=Image(torch.from_numpy(self._images[index].copy())),
             gt_mask=Mask(torch.zeros(self._shape[-2:], dtype=torch.uint8)) if with_mask else None,
             gt_label=torch.tensor(sample.label_index),
             image_path=sample.image_path,

@@ -10,9 +10,18 @@ from PIL import Image, UnidentifiedImageError
 
 from anomalib_dskd.errors import DataError
 
-__all__ = ["check_depth", "check_depths", "read_named_image"]
+__all__ = ["check_depth", "check_depths", "is_deep", "read_named_image"]
 
 READABLE_ERRORS = (OSError, SyntaxError, ValueError, UnidentifiedImageError, Image.DecompressionBombError)
+
+
+def is_deep(mode: str) -> bool:
+    """Whether images of a PIL mode have more than 8 bits a channel.
+
+    >>> is_deep("I;16"), is_deep("RGB")
+    (True, False)
+    """
+    return mode.startswith(("I", "F"))
 
 
 @cache
@@ -29,7 +38,7 @@ def check_depth(path: str | Path) -> None:
             mode = image.mode
     except READABLE_ERRORS:
         return
-    if mode.startswith(("I", "F")):
+    if is_deep(mode):
         msg = (
             f"image {str(path)!r} has more than 8 bits a channel (PIL mode {mode!r}); anomalib would clip it to "
             "white. Convert the data set to 8 bits, with one fixed range for all images, such as "

@@ -6,7 +6,7 @@ import time
 import pytest
 
 from anomalib_dskd.benchmark.config import BenchmarkConfig, DatasetSpec, Measurements, ModelSpec, expand
-from anomalib_dskd.benchmark.hub_cache import environment, write_hub_cache
+from anomalib_dskd.benchmark.hub_cache import describe_weights, environment, write_hub_cache
 from anomalib_dskd.benchmark.runners import RayRunner
 from tests.conftest import TEACHER
 
@@ -46,7 +46,7 @@ def test_jobs_of_a_lost_machine_are_done_on_another(cluster, magnetic_tile_root,
         measure=Measurements(speed=False),
     )
     write_hub_cache(config.weights, tmp_path / "weights")
-    jobs = [(job, tmp_path / job.id) for job in expand(config)]
+    jobs = [(job, tmp_path / job.id) for job in expand(config, describe_weights(config.weights))]
     for _, folder in jobs:
         folder.mkdir()
 

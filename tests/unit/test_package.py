@@ -14,7 +14,8 @@ ALLOWED = {  # what may import what; `errors` may be imported by all
     "evaluation": set(),
     "pre_processing": set(),
     "models": {"components", "data", "evaluation", "models", "pre_processing", "weights"},
-    "benchmark": {"benchmark", "data", "weights"},  # models by their names in a configuration
+    "cli": {"benchmark", "data"},
+    "benchmark": {"benchmark", "data", "evaluation", "weights"},  # models by their names in a configuration
 }
 
 

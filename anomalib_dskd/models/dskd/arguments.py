@@ -21,6 +21,7 @@ __all__ = [
     "check_schedule",
     "check_trainer",
     "meaning",
+    "number_of_steps",
     "resolve_pre_processor",
 ]
 
@@ -48,6 +49,15 @@ def check_schedule(schedule: str) -> None:
     if schedule not in get_args(Schedule):
         msg = f"schedule {schedule!r} must be {' or '.join(map(repr, get_args(Schedule)))}."
         raise ArgumentError(msg)
+
+
+def number_of_steps(trainer: Trainer) -> int:
+    """Return the number of optimiser steps of the whole training, which a schedule with an end needs."""
+    steps = trainer.estimated_stepping_batches
+    if not math.isfinite(steps):
+        msg = "schedule 'one_cycle' needs to know the end: give --trainer.max_epochs or --trainer.max_steps."
+        raise ArgumentError(msg)
+    return int(steps)
 
 
 def check_trainer(trainer: Trainer) -> None:

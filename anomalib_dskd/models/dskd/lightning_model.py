@@ -35,6 +35,7 @@ from anomalib_dskd.models.dskd.arguments import (
     check_schedule,
     check_trainer,
     meaning,
+    number_of_steps,
     resolve_pre_processor,
 )
 from anomalib_dskd.models.dskd.loss import DskdLoss
@@ -286,7 +287,7 @@ class Dskd(AnomalibModule):
         scheduler = torch.optim.lr_scheduler.OneCycleLR(
             optimizer,
             max_lr=self.learning_rate,
-            total_steps=int(self.trainer.estimated_stepping_batches),
+            total_steps=number_of_steps(self.trainer),
             cycle_momentum=False,  # beta stays the paper's
         )
         return {"optimizer": optimizer, "lr_scheduler": {"scheduler": scheduler, "interval": "step"}}
@@ -357,6 +358,10 @@ class Dskd(AnomalibModule):
         own = {name: value for name, value in self.state_dict().items() if name.startswith("evaluator.")}
         checkpoint["state_dict"] = {**trained, **own}
         self._refuse_other_arguments(checkpoint)
+        trained = checkpoint.get("hyper_parameters", {}).get("schedule", self.schedule)
+        if trained != self.schedule and self._trainer is not None and self.trainer.state.fn == TrainerFn.FITTING:
+            msg = f"the checkpoint was trained with schedule {trained!r}: go on with the same one, or start anew."
+            raise ArgumentError(msg)
 
     def _refuse_other_arguments(self, checkpoint: dict[str, Any]) -> None:
         trained, built = checkpoint.get("hyper_parameters", {}), dict(self.hparams)

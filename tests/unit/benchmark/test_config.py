@@ -36,7 +36,7 @@ def test_epochs_say_where_they_come_from():
     assert (dskd.epochs, dskd.epochs_source) == (200, "the paper")
     assert stfpm.epochs == 100
     assert "anomalib's example configuration" in stfpm.epochs_source
-    assert (padim.epochs, padim.epochs_source) == (None, "the model's own: one pass")
+    assert (padim.epochs, padim.epochs_source) == (None, "the model's own")
     own = dataclasses.replace(STFPM, epochs=5)
     dskd, stfpm = expand(config(models=[DSKD, own], datasets=[TILES], seeds=[0], epochs=30))
     assert [(job.epochs, job.epochs_source) for job in (dskd, stfpm)] == [
@@ -55,7 +55,7 @@ def test_a_jobs_number_stands_for_all_that_its_result_depends_on():
         "init_args": {"sigma": 2.0},
         "category": "screw",
         "image_size": (64, 64),
-        "weights": {"resnet18": "other"},
+        "weights": [{"name": "resnet18", "file": "same.pth", "sha256": "other"}],
         "precision": "bf16-mixed",
     }.items():
         assert dataclasses.replace(job, **{name: value}).id != job.id, name
@@ -79,6 +79,11 @@ def test_a_jobs_number_stands_for_all_that_its_result_depends_on():
         ({"models": [ModelSpec({"class": "mine.Model"})]}, "describes no class. Give `class_path`"),
         ({"models": [ModelSpec({"class_path": "Dskd"})]}, "describes no class"),
         ({"datasets": [DatasetSpec({"class_path": "a.B", "init_arg": {}})]}, "describes no class"),
+        ({"datasets": [dataclasses.replace(MVTEC, categories=["wood", "wood"])]}, "categories .* must be different"),
+        (
+            {"models": [ModelSpec({"class_path": "a.Dskd", "init_args": {"image_size": 64}})]},
+            "'Dskd' has image_size among its init_args: all models get the same size",
+        ),
         ({"measure": Measurements(seconds=0)}, "measure.seconds 0 must be larger than 0"),
     ],
 )

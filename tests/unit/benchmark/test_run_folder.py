@@ -56,6 +56,15 @@ def test_another_configuration_is_refused_with_what_differs(tmp_path):
         pass
 
 
+def test_a_configuration_is_written_whole_or_not_at_all(tmp_path, monkeypatch):
+    monkeypatch.setattr(run_folder.Path, "replace", lambda *_: (_ for _ in ()).throw(OSError(28, "No space left")))
+    with pytest.raises(DataError, match="No space left"):
+        RunFolder(tmp_path, CONFIG).__enter__()
+    monkeypatch.undo()
+    with RunFolder(tmp_path, CONFIG):
+        assert (tmp_path / "config.yaml").read_text() == CONFIG
+
+
 def test_two_benchmarks_do_not_share_a_folder(tmp_path):
     with RunFolder(tmp_path, CONFIG), pytest.raises(ArgumentError, match="in use by another benchmark"):
         RunFolder(tmp_path, CONFIG).__enter__()

@@ -58,6 +58,16 @@ def test_without_a_batch_nothing_changes():
     assert all(torch.equal(net.state_dict()[name], value) for name, value in before.items())
 
 
+def test_a_norm_that_is_not_reached_keeps_its_statistics():
+    net = network()
+    net.append(nn.BatchNorm2d(2))
+    net[5].running_mean.fill_(7)
+    with fresh_statistics(net), torch.no_grad():
+        net[:5](torch.randn(4, 3, 8, 8))
+    assert net[5].running_mean.tolist() == [7, 7]
+    assert net[4].num_batches_tracked == 1
+
+
 def test_an_error_restores_everything():
     net = network()
     before = copy.deepcopy(net.state_dict())

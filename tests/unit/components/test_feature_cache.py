@@ -55,8 +55,17 @@ def test_images_are_found_by_their_pixels_alone():
     changed = images.clone()
     changed[1, 0, 0, 0] += 1e-6
     cache(changed)
-    assert network.images == 4  # a batch with a new image is computed as a whole
+    assert network.images == 3  # the new image alone
     assert len(cache) == 3
+
+
+def test_a_batch_of_old_and_new_images_keeps_its_order():
+    cache, images = FeatureCache(Counting(), images=10, memory=1.0), batch(5)
+    cache(images[[1, 3]])
+    mixed = cache(images)
+    for mine, theirs in zip(mixed, Counting()(images), strict=True):
+        directions = F.normalize(mine, dim=1)
+        torch.testing.assert_close(directions, F.normalize(theirs, dim=1), rtol=6e-4, atol=1e-7)
 
 
 def test_images_of_another_shape_are_never_mixed_up():
@@ -89,11 +98,15 @@ def test_it_stays_on_while_it_fills_and_while_it_finds():
     cache.end_epoch()
     cache(batch(2, seed=1))
     cache.end_epoch()
-    cache(batch(2, seed=2))
-    cache(batch(2, seed=0))  # an augmentation that now and then leaves an image as it is
+    cache(batch(1, seed=2))
+    cache(batch(2, seed=0))  # an augmentation that mostly leaves an image as it is
     cache.end_epoch()
     assert cache.is_on
     assert len(cache) == 4
+    cache(batch(2, seed=0))
+    cache(batch(3, seed=3))  # one that mostly does not
+    cache.end_epoch()
+    assert not cache.is_on
 
 
 def test_what_memory_does_not_hold_goes_to_a_file_and_comes_back(monkeypatch):
@@ -126,8 +139,8 @@ def test_a_full_disk_costs_speed_and_nothing_else(monkeypatch, caplog):
     assert "No space left on device" in caplog.text
     assert "set TMPDIR" in caplog.text
     torch.testing.assert_close(cache(images[2:])[0], images[2:, :, ::2, ::2] * 3)
-    cache(images[:2])
-    assert network.images == 6 + 4
+    cache(images)
+    assert network.images == 6 + 4 + 4  # those that are not kept
     cache.end_epoch()
     assert cache.is_on
 

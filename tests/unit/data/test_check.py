@@ -213,6 +213,16 @@ def test_a_file_in_two_splits_is_an_error(root):
     assert len(kinds["same-file"][1]) == 12
 
 
+def test_a_defect_without_mask_among_others_with_masks_is_an_error(root):
+    data = module(root)
+    data.setup()
+    for split in (data.val_data, data.test_data):
+        split.samples.loc[split.samples.label_index == 1, "mask_path"] = ""
+    data.setup = data.prepare_data = lambda: None
+    (finding,) = [finding for finding in check_data(data) if finding.severity == "error"]
+    assert (finding.kind, len(finding.files)) == ("no-mask", 3)
+
+
 def test_messages_say_what_to_do(root):
     truncated(root)
     (finding,) = check_data(module(root))

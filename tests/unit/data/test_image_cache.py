@@ -3,11 +3,12 @@ import pickle
 
 import pytest
 import torch
+from anomalib.data.dataclasses import DepthItem
 from torch.utils.data import DataLoader
 from torchvision.transforms import v2
 
 from anomalib_dskd import MagneticTile
-from anomalib_dskd.data import magnetic_tile
+from anomalib_dskd.data import image_cache, magnetic_tile
 from anomalib_dskd.data.image_cache import CachedImages, cache_training_images, is_deterministic
 
 
@@ -75,6 +76,37 @@ def test_new_augmentations_empty_the_cache(data):
     data.train_data.augmentations = v2.Resize((16, 16))
     assert data.train_data[0].image.shape == (3, 16, 16)
     assert data.train_data[0].image.shape == (3, 16, 16)
+
+
+def test_random_augmentations_of_a_later_training_are_not_frozen(data):
+    cache_training_images(data, memory=1.0)
+    torch.manual_seed(0)
+    data.train_data.augmentations = v2.Compose([v2.Resize((32, 32)), v2.RandomHorizontalFlip()])
+    images = [data.train_data[0].image for _ in range(20)]
+    assert len({image.numpy().tobytes() for image in images}) == 2
+    cache_training_images(data, memory=1.0)
+    assert not isinstance(data.train_data, CachedImages)
+
+
+def test_a_later_training_can_do_without(data):
+    original = data.train_data
+    cache_training_images(data, memory=1.0)
+    cache_training_images(data, memory=0)
+    assert data.train_data is original
+
+
+def test_items_that_have_more_than_an_image_are_read(data, monkeypatch):
+    cached = CachedImages(data.train_data, memory=1.0)
+    assert cached._images is not None
+    monkeypatch.setattr(image_cache, "ImageItem", DepthItem)  # as if the data set's items were of another class
+    assert CachedImages(data.train_data, memory=1.0)._images is None
+
+
+def test_what_is_done_to_an_item_does_not_reach_the_cache(data):
+    cache_training_images(data, memory=1.0)
+    expected = data.train_data[0].image.clone()
+    data.train_data[0].image.mul_(0)
+    assert torch.equal(data.train_data[0].image, expected)
 
 
 def test_defects_are_always_read(data, read):

@@ -115,6 +115,25 @@ def test_schedule_sets_the_rate_of_every_step(schedule, rates, magnetic_tile_roo
     assert {betas for _, betas in seen} == {(0.5, 0.999)}
 
 
+def test_one_cycle_wants_an_end(magnetic_tile_root, teacher_weights, tmp_path):
+    model = Dskd(teacher=TEACHER, teacher_weights=teacher_weights, image_size=64, sigma=2.0, schedule="one_cycle")
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")
+        trainer = engine(tmp_path, max_epochs=-1, limit_val_batches=0)
+        with pytest.raises(ArgumentError, match="schedule 'one_cycle' needs to know the end"):
+            trainer.fit(model, datamodule=MagneticTile(magnetic_tile_root))
+
+
+def test_training_does_not_go_on_with_another_schedule(trained, magnetic_tile_root, tmp_path):
+    _, checkpoint = trained
+    model = Dskd(teacher=TEACHER, image_size=64, sigma=2.0, schedule="one_cycle")
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")
+        data = MagneticTile(magnetic_tile_root, train_batch_size=4)
+        with pytest.raises(ArgumentError, match="was trained with schedule 'constant'"):
+            engine(tmp_path, max_epochs=2).fit(model, datamodule=data, ckpt_path=checkpoint)
+
+
 def test_a_loss_that_is_not_finite_stops_the_training(magnetic_tile_root, teacher_weights, tmp_path):
     class Spoil(Callback):
         def on_train_batch_start(self, trainer, pl_module, batch, batch_idx):  # noqa: ARG002
