@@ -17,6 +17,14 @@ from typing import Any
 from jinja2 import Environment, FileSystemLoader, StrictUndefined
 
 from anomalib_dskd.benchmark import paper
+from anomalib_dskd.benchmark.facts import (
+    facts_of,
+    failure_table,
+    machine_table,
+    note_table,
+    settings_table,
+    weights_table,
+)
 from anomalib_dskd.benchmark.gallery import Gallery, make_gallery
 from anomalib_dskd.benchmark.run_folder import CONFIG, RESULTS, read_results
 from anomalib_dskd.benchmark.scatter import draw_accuracy_against_latency
@@ -26,14 +34,8 @@ from anomalib_dskd.benchmark.sections import (
     category_tables,
     class_tables,
     cost_table,
-    facts_of,
-    failure_table,
-    machine_table,
-    note_table,
     points_of,
-    settings_table,
     summary_table,
-    weights_table,
 )
 from anomalib_dskd.benchmark.tables import ACCURACY, COSTS, IMAGE_AUROC, Record, Table, value_at
 from anomalib_dskd.errors import ArgumentError, DataError

@@ -3,10 +3,7 @@
 import importlib
 import importlib.metadata
 import inspect
-import os
-import platform
 import statistics
-import subprocess
 import time
 from collections.abc import Callable
 from dataclasses import asdict
@@ -15,7 +12,6 @@ from pathlib import Path
 from tempfile import TemporaryDirectory
 from typing import Any
 
-import torch
 from anomalib.data import AnomalibDataModule
 from anomalib.deploy import CompressionType
 from anomalib.engine import Engine
@@ -23,8 +19,8 @@ from anomalib.models.components import AnomalibModule
 from jsonargparse import ArgumentParser
 from lightning import Callback, LightningModule, Trainer, seed_everything
 
-import anomalib_dskd
 from anomalib_dskd.benchmark.config import OWN, Job
+from anomalib_dskd.benchmark.machine import machine
 from anomalib_dskd.benchmark.predictions import ScoreRecorder, figures, figures_by_class
 from anomalib_dskd.benchmark.run_folder import PREDICTIONS
 from anomalib_dskd.benchmark.speed import measure_cost, measure_openvino, measure_pytorch, peak_memory_mib
@@ -268,48 +264,6 @@ def _measure(job: Job, model: AnomalibModule, data: AnomalibDataModule, trained:
 
 def _one_line(error: Exception) -> str:
     return f"{type(error).__name__}: {' '.join(str(error).split())[:300]}"
-
-
-def machine() -> dict[str, Any]:
-    """Describe the processor and the versions that a figure depends on."""
-    packages = ("anomalib", "torch", "openvino", "timm", "anomalib_dskd")
-    return {
-        "cpu": _cpu(),
-        "cores": len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count(),
-        "threads": torch.get_num_threads(),
-        "platform": platform.platform(),
-        "python": platform.python_version(),
-        **{name: _version(name) for name in packages},
-        "commit": _commit(),
-    }
-
-
-def _cpu() -> str:
-    try:
-        lines = Path("/proc/cpuinfo").read_text().splitlines()
-    except OSError:
-        return platform.processor()
-    names = [line.partition(":")[2].strip() for line in lines if line.startswith("model name")]
-    return names[0] if names else platform.processor()
-
-
-def _version(package: str) -> str | None:
-    try:
-        return importlib.metadata.version(package)
-    except importlib.metadata.PackageNotFoundError:
-        return None
-
-
-def _commit() -> str | None:
-    """Return the commit of a source checkout, with a mark if it was changed; none for an installed package."""
-    folder = Path(anomalib_dskd.__file__).parents[1]
-    if not (folder / ".git").exists():
-        return None
-    try:
-        command = ["git", "-C", str(folder), "describe", "--always", "--dirty", "--abbrev=12"]
-        return subprocess.run(command, capture_output=True, text=True, check=True).stdout.strip()
-    except (OSError, subprocess.CalledProcessError):
-        return None
 
 
 def now() -> str:

@@ -1,10 +1,8 @@
-"""What a report says: accuracy, cost, failures, and what was compared."""
+"""What a report says of a data set: accuracy and cost of each model, and the paper's beside them."""
 
-import json
 from collections import Counter, defaultdict
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
-from typing import Any
 
 from anomalib_dskd.benchmark import paper
 from anomalib_dskd.benchmark.scatter import Point
@@ -27,6 +25,7 @@ from anomalib_dskd.benchmark.tables import (
     paper_cell,
     summarise,
     value_at,
+    values_of,
 )
 
 __all__ = [
@@ -35,14 +34,8 @@ __all__ = [
     "category_tables",
     "class_tables",
     "cost_table",
-    "facts_of",
-    "failure_table",
-    "machine_table",
-    "note_table",
     "points_of",
-    "settings_table",
     "summary_table",
-    "weights_table",
 ]
 
 LONG_TABLE = 25  # rows, from where on a table is folded
@@ -286,7 +279,7 @@ def points_of(data: DataSet) -> list[Point]:
     return points
 
 
-# --- notes, failures and what was compared -----------------------------------------------------------------------
+# --- notes ---------------------------------------------------------------------------------------------------------
 
 
 def _seed_note(records: Iterable[Record]) -> str:
@@ -315,111 +308,12 @@ def _paper_notes(data: DataSet, quantities: Iterable[Quantity]) -> list[str]:
     notes = [f"Paper: Table{'s' * (len(numbers) > 1)} {' and '.join(map(str, numbers))}, {benchmark.name}."]
     ours = [r for model in data.models if data.method(model) == "Dskd" for r in data.of(model)]
     if ours:
-        epochs, sizes = (_values(ours, name) for name in ("epochs", "image_size"))
+        epochs, sizes = (values_of(ours, name) for name in ("epochs", "image_size"))
         theirs = f"{paper.EPOCHS} epochs on images of {' x '.join(map(str, benchmark.image_size))}"
         notes.append(f"There DSKD was trained for {theirs}; here for {epochs} epochs on {sizes}.")
     if {str(category) for category in data.categories} < benchmark.all_categories:
         notes.append("The paper's means are over the categories that we have, not over all of its own.")
     return notes
-
-
-def failure_table(records: Iterable[Record]) -> Table | None:
-    """List the jobs that failed, with their reasons."""
-    rows = [
-        [
-            Cell(str(r.get(name) if r.get(name) is not None else ""))
-            for name in ("model", "data", "category", "seed", "reason")
-        ]
-        for r in records
-        if r["status"] == "failed"
-    ]
-    columns = [Column(name, is_text=True) for name in ("model", "data", "category", "seed", "reason")]
-    return Table("Failed jobs", columns, rows) if rows else None
-
-
-def settings_table(data: Iterable[DataSet]) -> Table:
-    """List what was compared."""
-    names = ("class_path", "init_args", "epochs", "epochs_source", "image_size", "precision", "accelerator", "seed")
-    headings = ("data", "model", "class", "arguments", "epochs", "epochs from", "image size", "precision", "device")
-    columns = [Column(name, is_text=True) for name in (*headings, "seeds", "jobs done")]
-    rows = []
-    for data_set in data:
-        for model in data_set.models:
-            records = data_set.of(model)
-            done = sum(record["status"] == "done" for record in records)
-            values = [Cell(_values(records, name)) for name in names]
-            rows.append([Cell(data_set.name), Cell(model), *values, Cell(f"{done} of {len(records)}", done)])
-    note = "Precision is that of training in epochs; all else is done in 32-bit floating point."
-    return Table("Settings", columns, rows, notes=[note])
-
-
-def weights_table(records: Iterable[Record]) -> Table | None:
-    """List the files of pretrained weights."""
-    files = Counter(
-        tuple(str(weights.get(name) or NOT_MEASURED) for name in ("name", "file", "sha256"))
-        for record in records
-        for weights in record.get("weights") or []
-    )
-    columns = [Column(name, is_text=True) for name in ("weights", "file", "SHA-256")]
-    rows = [[*map(Cell, file), Cell(str(count), count)] for file, count in files.items()]
-    return Table("Pretrained weights", [*columns, Column("jobs")], rows) if rows else None
-
-
-def machine_table(records: Iterable[Record]) -> Table | None:
-    """Describe the machines and versions."""
-    machines = Counter(json.dumps(r["machine"], sort_keys=False) for r in records if r.get("machine"))
-    described = [json.loads(machine) for machine in machines]
-    names = list(dict.fromkeys(name for machine in described for name in machine))
-    rows = [[Cell(name), *(Cell(str(m.get(name) or NOT_MEASURED)) for m in described)] for name in names]
-    headings = [f"{number} ({count} jobs)" for number, count in enumerate(machines.values(), start=1)]
-    columns = [Column(name, is_text=True) for name in ("machine", *headings)]
-    return Table("Machines and versions", columns, rows) if rows else None
-
-
-def note_table(records: Iterable[Record]) -> Table | None:
-    """List what a job could not measure."""
-    notes = Counter((r["model"], r["data"], str(note)) for r in records for note in r.get("notes") or [])
-    rows = [[*map(Cell, note), Cell(str(count), count)] for note, count in notes.items()]
-    columns = [Column(name, is_text=True) for name in ("model", "data", "note")]
-    return Table("What could not be measured", [*columns, Column("jobs")], rows) if rows else None
-
-
-def facts_of(records: Sequence[Record]) -> list[tuple[str, str]]:
-    """Return what to know before any figure, as pairs of a name and a text."""
-    status = Counter(record["status"] for record in records)
-    times = sorted(
-        str(r[name])[:16].replace("T", " ") for r in records for name in ("started", "finished") if r.get(name)
-    )
-    machines = [record["machine"] for record in records if record.get("machine")]
-    weights = {f"{file['name']} from {file['file']}" for r in records for file in r.get("weights") or []}
-    facts = {
-        "jobs": f"{status['done']} done, {status['failed']} failed",
-        "models": ", ".join(dict.fromkeys(record["model"] for record in records)),
-        "data": ", ".join(dict.fromkeys(record["data"] for record in records)),
-        "seeds": _values(records, "seed"),
-        "epochs": _values(records, "epochs"),
-        "run": " to ".join(dict.fromkeys((times[0], times[-1]))) + " UTC" if times else "",
-        "processor": "; ".join(dict.fromkeys(f"{m.get('cpu')}, {m.get('cores')} cores" for m in machines)),
-        "weights": ", ".join(sorted(weights)) or "each model's own, which may differ from one another",
-        "commit": ", ".join(dict.fromkeys(str(m["commit"]) for m in machines if m.get("commit"))),
-    }
-    return [(name, text or NOT_MEASURED) for name, text in facts.items()]
-
-
-def _values(records: Iterable[Record], name: str) -> str:
-    """List the different values of a setting."""
-    separator = "; " if name == "init_args" else ", "
-    return separator.join(dict.fromkeys(_plain(record.get(name), name) for record in records))
-
-
-def _plain(value: Any, name: str) -> str:  # noqa: ANN401 - whatever JSON holds
-    if name == "image_size" and isinstance(value, list):
-        return " x ".join(map(str, value))
-    if isinstance(value, dict):
-        return ", ".join(f"{key}={json.dumps(item)}" for key, item in value.items()) or "defaults"
-    if name == "epochs" and value is None:
-        return "one pass"
-    return NOT_MEASURED if value is None else str(value)
 
 
 def _capital(text: str) -> str:

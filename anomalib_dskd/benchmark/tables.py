@@ -1,5 +1,6 @@
 """Tables of a report: what is shown, how it is averaged, and which figure is the best."""
 
+import json
 import math
 import statistics
 from collections import defaultdict
@@ -29,6 +30,7 @@ __all__ = [
     "paper_cell",
     "summarise",
     "value_at",
+    "values_of",
 ]
 
 Record = dict[str, Any]
@@ -201,3 +203,19 @@ def value_at(record: Record, path: Iterable[str]) -> Any:  # noqa: ANN401 - what
     for name in path:
         value = (value or {}).get(name)
     return value
+
+
+def values_of(records: Iterable[Record], name: str) -> str:
+    """List the different values of a setting."""
+    separator = "; " if name == "init_args" else ", "
+    return separator.join(dict.fromkeys(_plain(record.get(name), name) for record in records))
+
+
+def _plain(value: Any, name: str) -> str:  # noqa: ANN401 - whatever JSON holds
+    if name == "image_size" and isinstance(value, list):
+        return " x ".join(map(str, value))
+    if isinstance(value, dict):
+        return ", ".join(f"{key}={json.dumps(item)}" for key, item in value.items()) or "defaults"
+    if name == "epochs" and value is None:
+        return "one pass"
+    return NOT_MEASURED if value is None else str(value)

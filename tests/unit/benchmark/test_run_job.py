@@ -4,6 +4,7 @@ import pytest
 
 from anomalib_dskd.benchmark import run_job
 from anomalib_dskd.benchmark.config import BenchmarkConfig, DatasetSpec, ModelSpec, expand
+from anomalib_dskd.benchmark.machine import machine
 from anomalib_dskd.errors import ArgumentError
 
 
@@ -81,7 +82,7 @@ def test_models_that_cannot_be_built_are_refused(job, class_path, init_args, mes
 
 
 def test_a_machine_is_described():
-    described = run_job.machine()
+    described = machine()
     assert described["cores"] >= 1
     assert described["torch"].startswith("2.")
     assert described["anomalib_dskd"]
