@@ -1,7 +1,6 @@
 """One job of a benchmark, from construction to figures, in a process of its own."""
 
 import importlib
-import importlib.metadata
 import inspect
 import statistics
 import time
