@@ -90,11 +90,12 @@ class TeacherWeights:
                 f"{_some(strange)}. Give the file that belongs to this architecture."
             )
             raise TeacherWeightsError(msg)
-        return {key: by_canonical.get(_canonical(key), _nan_like(tensor)) for key, tensor in full.items()}
-
-
-def _nan_like(tensor: Tensor) -> Tensor:
-    return torch.full_like(tensor, torch.nan) if tensor.is_floating_point() else tensor
+        for key, tensor in full.items():
+            if _canonical(key) in by_canonical:
+                full[key] = by_canonical[_canonical(key)]
+            elif tensor.is_floating_point():
+                tensor.fill_(torch.nan)
+        return full
 
 
 def find_teacher_weights(teacher: str, weights: str | Path | None = None) -> TeacherWeights:

@@ -16,8 +16,6 @@ EXAMPLE_EPOCHS = {"Stfpm": 100, "ReverseDistillation": 200}
 PAPER_EPOCHS = {"Dskd": 200}  # section 4.1.2
 OWN_EPOCHS = ("AnomalyDino", "Dfkde", "Dfm", "MHPatchcore", "Padim", "Patchcore", "Rad", "SuperAdd")
 """Models of anomalib that impose a number of epochs, mostly one, whatever they are told."""
-
-
 OWN = "the model's own"
 
 
@@ -193,9 +191,12 @@ def _name(spec: ModelSpec | DatasetSpec) -> str:
     return spec.name or _class_name(spec)
 
 
+def _described(spec: ModelSpec | DatasetSpec) -> dict[str, Any]:
+    return spec.model if isinstance(spec, ModelSpec) else spec.data
+
+
 def _class_name(spec: ModelSpec | DatasetSpec) -> str:
-    described = spec.model if isinstance(spec, ModelSpec) else spec.data
-    return str(described["class_path"]).rpartition(".")[2]
+    return str(_described(spec)["class_path"]).rpartition(".")[2]
 
 
 def _data_and_categories(data: Sequence[DatasetSpec]) -> Iterator[tuple[DatasetSpec, str | None]]:
@@ -222,7 +223,7 @@ def _epochs(model: ModelSpec, default: int | None) -> tuple[int | None, str]:
 
 
 def _check_description(spec: ModelSpec | DatasetSpec) -> None:
-    described = spec.model if isinstance(spec, ModelSpec) else spec.data
+    described = _described(spec)
     class_path, arguments = described.get("class_path"), described.get("init_args", {})
     unknown = set(described) - {"class_path", "init_args"}
     if not isinstance(class_path, str) or "." not in class_path or not isinstance(arguments, dict) or unknown:

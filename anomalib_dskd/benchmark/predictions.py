@@ -119,14 +119,16 @@ def figures(predictions: Predictions) -> dict[str, float | None]:
 
     As fractions; none where the test set lacks good images, defects, maps or masks.
     """
-    scores, labels = predictions.scores, predictions.labels
+    labels = predictions.labels
     result: dict[str, float | None] = dict.fromkeys(("image_AUROC", "image_F1", "pixel_AUROC", "AUPRO"))
     if len(set(labels.tolist())) > 1:
+        scores = _into_unit_range(predictions.scores)
         result["image_AUROC"] = _compute(AUROC, scores, labels)
         result["image_F1"] = _compute(F1Max, scores, labels)
     if predictions.maps is not None and predictions.masks is not None and predictions.masks.any():
-        result["pixel_AUROC"] = _compute(AUROC, predictions.maps, predictions.masks)
-        result["AUPRO"] = _compute(AUPRO, predictions.maps, predictions.masks, fpr_limit=FPR_LIMIT)
+        maps = _into_unit_range(predictions.maps)
+        result["pixel_AUROC"] = _compute(AUROC, maps, predictions.masks)
+        result["AUPRO"] = _compute(AUPRO, maps, predictions.masks, fpr_limit=FPR_LIMIT)
     return result
 
 
@@ -161,14 +163,16 @@ def _compute(
     metric_class: Callable[..., AnomalibMetric], predicted: NDArray[Any], truth: NDArray[Any], **arguments: float
 ) -> float:
     metric = metric_class(fields=["predicted", "truth"], **arguments)
-    # torchmetrics passes values outside [0, 1] through a sigmoid, which ties the largest with one another
-    values = torch.from_numpy(_into_unit_range(predicted))
-    batch = SimpleNamespace(predicted=values, truth=torch.from_numpy(truth).int())
+    batch = SimpleNamespace(predicted=torch.from_numpy(predicted), truth=torch.from_numpy(truth).int())
     metric.update(cast("Batch[Any]", batch))  # all that a metric reads of a batch are its fields
     return float(metric.compute())
 
 
 def _into_unit_range(values: NDArray[Any]) -> NDArray[Any]:
+    """Scale all values of a test set together: torchmetrics would pass those outside [0, 1] through a sigmoid.
+
+    (:func:`anomalib_dskd.evaluation.keep_raw_scores` sees one batch at a time, and divides by a known bound.)
+    """
     low, high = float(values.min()), float(values.max())
     wide = (values.astype(np.float64) - low) / (high - low) if high > low else np.zeros(values.shape)
     scaled: NDArray[Any] = wide.astype(np.float32)

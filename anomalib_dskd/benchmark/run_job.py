@@ -79,7 +79,7 @@ def run_job(job: Job, folder: Path, report: Report) -> dict[str, Any]:
         "machine": machine(),
         "started": started,
     }
-    if job.epochs is None or "max_epochs" in model.trainer_arguments:
+    if _imposes_epochs(job, model):
         record.update(epochs=trainer.current_epoch, epochs_source=OWN)
     report(TRAINING_SHARE, "measuring")
     measured = _measure(job, model, data, trained)
@@ -93,12 +93,9 @@ def check_job(job: Job) -> None:
     Raises:
         ArgumentError: what is wrong, with the model's or data set's name.
     """
-    for base, class_path, arguments in (
-        (AnomalibDataModule, job.data_class_path, _data_arguments(job)),
-        (AnomalibModule, job.class_path, job.init_args),  # before the class is asked what else it takes
-        (AnomalibModule, job.class_path, None),
-    ):
-        _parser(base, class_path, _model_arguments(job) if arguments is None else arguments)
+    _parser(AnomalibDataModule, job.data_class_path, _data_arguments(job))
+    _parser(AnomalibModule, job.class_path, job.init_args)  # before the class is asked what else it takes
+    _parser(AnomalibModule, job.class_path, _model_arguments(job))
 
 
 def failure(job: Job, reason: str, started: str | None = None) -> dict[str, Any]:
@@ -205,10 +202,14 @@ def _engine(job: Job, folder: Path, callbacks: list[Callback], **arguments: Any)
     )
 
 
+def _imposes_epochs(job: Job, model: AnomalibModule) -> bool:
+    return job.epochs is None or "max_epochs" in model.trainer_arguments
+
+
 def _fit(job: Job, model: AnomalibModule, data: AnomalibDataModule, clock: Callback, folder: Path) -> Trainer:
     """Train, with one validation at the end: all that thresholds and memory banks need."""
     arguments: dict[str, Any] = {}
-    if job.epochs is not None and "max_epochs" not in model.trainer_arguments:
+    if not _imposes_epochs(job, model):
         arguments = {"max_epochs": job.epochs, "check_val_every_n_epoch": job.epochs, "precision": job.precision}
     engine = _engine(job, folder, [clock], **arguments)
     engine.fit(model, datamodule=data)

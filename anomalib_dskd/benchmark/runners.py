@@ -47,7 +47,7 @@ class LocalRunner:
         self.progress(job, 0.0, "starting")
         context = multiprocessing.get_context("spawn")
         receiver, sender = context.Pipe(duplex=False)
-        process = context.Process(target=_work, args=(asdict(job), str(folder), sender), daemon=False)
+        process = context.Process(target=_work, args=(asdict(job), str(folder), sender))
         with _set_environment(self.environment):
             process.start()
         sender.close()  # so that the pipe ends with the process

@@ -51,8 +51,8 @@ class FeatureCache:
         self.images = images
         self.memory = memory
         self.is_on = True
-        self._is_full = self._was_full = False
-        self._is_short = False  # the file could not grow: misses are to be expected
+        self._can_grow = True
+        self._was_complete = False
         self._found = self._seen = 0
         self._forget()
 
@@ -87,27 +87,25 @@ class FeatureCache:
         if not self.is_on or images.device.type != "cpu":
             return self.network(images)
         keys = [_key(image) for image in images]
+        found = [index for index, key in enumerate(keys) if key in self._rows]
         missing = [index for index, key in enumerate(keys) if key not in self._rows]
         self._seen += len(keys)
-        self._found += len(keys) - len(missing)
+        self._found += len(found)
         if not missing:
             return self._read(keys)
         computed = self.network(images[missing])
-        is_found = [index for index in range(len(keys)) if keys[index] in self._rows]
-        features = (
-            _merged(computed, missing, self._read([keys[i] for i in is_found]), is_found) if is_found else computed
-        )
-        if not self._is_full:
+        features = _merged(computed, missing, self._read([keys[i] for i in found]), found) if found else computed
+        if self._can_grow and len(self) < self.images:
             self._write({keys[index]: row for row, index in enumerate(missing)}, computed)
         return features
 
     def end_epoch(self) -> None:
-        """Take stock: a cache that was full when the epoch began, and missed most images, is of no use."""
-        if self._was_full and not self._is_short and 2 * self._found < self._seen:
+        """Take stock: a cache that had all images when the epoch began, and missed most, is of no use."""
+        if self._was_complete and 2 * self._found < self._seen:
             logger.info("teacher features are computed in each epoch: images differ from epoch to epoch")
             self.is_on = False
             self._forget()
-        self._was_full = self._is_full
+        self._was_complete = len(self) == self.images
         self._found = self._seen = 0
 
     def _write(self, missing: dict[bytes, int], features: list[Tensor]) -> None:
@@ -119,13 +117,12 @@ class FeatureCache:
         rows = np.concatenate([_pack(level).numpy() for level in features], axis=1)  # (B, values)
         for key, index in missing.items():
             row = len(self._rows)
-            if row == self.images or (row == BLOCK * len(self._blocks) and not self._grow(rows.shape[1])):
-                self._is_full = True
-                self._is_short = row < self.images
+            if row == BLOCK * len(self._blocks) and row < self.images:
+                self._can_grow = self._grow(rows.shape[1])
+            if row == self.images or not self._can_grow:
                 return
             self._blocks[row // BLOCK][row % BLOCK] = rows[index]
             self._rows[key] = row
-        self._is_full = len(self) == self.images
 
     def _read(self, keys: list[bytes]) -> list[Tensor]:
         assert self._shapes is not None  # a key was found
@@ -161,10 +158,10 @@ def _block_on_disk(size: int, values: int) -> np.ndarray:
         return np.memmap(file, dtype=np.float16, mode="r+", shape=(BLOCK, values))
 
 
-def _merged(computed: list[Tensor], missing: list[int], found: list[Tensor], is_found: list[int]) -> list[Tensor]:
+def _merged(computed: list[Tensor], missing: list[int], kept: list[Tensor], found: list[int]) -> list[Tensor]:
     """Put the levels of two parts of a batch in the batch's order."""
-    order = torch.tensor(missing + is_found).argsort()
-    return [torch.cat([new.float(), old])[order] for new, old in zip(computed, found, strict=True)]
+    order = torch.tensor(missing + found).argsort()
+    return [torch.cat([new.float(), old])[order] for new, old in zip(computed, kept, strict=True)]
 
 
 def _key(image: Tensor) -> bytes:

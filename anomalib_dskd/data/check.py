@@ -5,7 +5,7 @@ from collections import defaultdict
 from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any, Literal, NamedTuple
+from typing import Any, Literal, NamedTuple, get_args
 
 import imagehash
 import numpy as np
@@ -27,16 +27,20 @@ STRETCHED = 1.5  # longer by shorter side, from where on a square resize distort
 NEAR = 12  # of 256 bits of the perceptual hash: the same picture, saved or scaled differently; others differ in 128
 HASH_SIZE = 16
 UPRIGHT = 1  # EXIF
-MODES = {
+ALPHA: tuple[Severity, str] = (
+    "warning",
+    "has an alpha channel; it is dropped, and transparent pixels show what lies below",
+)
+MODES: dict[str, tuple[Severity, str]] = {
     "P": ("note", "has a palette; it is read as its colours"),
     "CMYK": ("warning", "is CMYK; it is converted to RGB without a colour profile, which shifts its colours"),
     "YCbCr": ("note", "is YCbCr; it is converted to RGB"),
     "LAB": ("warning", "is LAB; it is converted to RGB without a colour profile"),
     "HSV": ("note", "is HSV; it is converted to RGB"),
     "1": ("note", "is black and white; it is read as 0 and 255"),
-    "RGBA": ("warning", "has an alpha channel; it is dropped, and transparent pixels show what lies below"),
-    "LA": ("warning", "has an alpha channel; it is dropped, and transparent pixels show what lies below"),
-    "PA": ("warning", "has an alpha channel; it is dropped, and transparent pixels show what lies below"),
+    "RGBA": ALPHA,
+    "LA": ALPHA,
+    "PA": ALPHA,
 }
 
 
@@ -99,8 +103,9 @@ def check_data(data: AnomalibDataModule, *, progress: Callable[[Iterable[str]], 
         picture = _look_at_image(path, findings)
         if picture is not None:
             pictures[path] = picture
+    has_masks = _has_masks(data)
     for path, sample in {sample.image: sample for sample in samples}.items():
-        _look_at_mask(sample, pictures.get(path), findings, needs_mask=_has_masks(data))
+        _look_at_mask(sample, pictures.get(path), findings, needs_mask=has_masks)
     _compare_sizes(pictures, findings)
     _compare_pictures(samples, pictures, findings)
     _find_ignored(samples, findings)
@@ -149,7 +154,7 @@ class _Findings:
             self.add(finding.severity, finding.kind, finding.message, *finding.files)
 
     def sorted(self) -> list[Finding]:
-        order = ("error", "warning", "note")
+        order = get_args(Severity)
         return sorted(self._by_kind.values(), key=lambda finding: order.index(finding.severity))
 
 
@@ -193,9 +198,10 @@ def _look_at_image(path: str, findings: _Findings) -> _Picture | None:
                 findings.add("error", "deep", text, path)
             elif image.mode in MODES:
                 severity, text = MODES[image.mode]
-                findings.add(severity, f"mode-{image.mode.lower()}", text, path)  # type: ignore[arg-type]
+                findings.add(severity, f"mode-{image.mode.lower()}", text, path)
             elif "transparency" in image.info:
-                findings.add("warning", "mode-transparency", MODES["RGBA"][1], path)
+                severity, text = ALPHA
+                findings.add(severity, "mode-transparency", text, path)
             colours = image.convert("RGB")
     except READABLE_ERRORS as error:
         reason = str(error).replace(f" {path!r}", "").replace(path, "it") or type(error).__name__

@@ -1,6 +1,6 @@
 """DSKD as an anomalib model."""
 
-from collections.abc import Sequence, Sized
+from collections.abc import Mapping, Sequence, Sized
 from pathlib import Path
 from typing import Any, cast
 
@@ -357,14 +357,14 @@ class Dskd(AnomalibModule):
         trained = {name: value for name, value in checkpoint["state_dict"].items() if not name.startswith("evaluator.")}
         own = {name: value for name, value in self.state_dict().items() if name.startswith("evaluator.")}
         checkpoint["state_dict"] = {**trained, **own}
-        self._refuse_other_arguments(checkpoint)
-        trained = checkpoint.get("hyper_parameters", {}).get("schedule", self.schedule)
-        if trained != self.schedule and self._trainer is not None and self.trainer.state.fn == TrainerFn.FITTING:
-            msg = f"the checkpoint was trained with schedule {trained!r}: go on with the same one, or start anew."
-            raise ArgumentError(msg)
+        self._refuse_other_arguments(checkpoint.get("hyper_parameters", {}))
 
-    def _refuse_other_arguments(self, checkpoint: dict[str, Any]) -> None:
-        trained, built = checkpoint.get("hyper_parameters", {}), dict(self.hparams)
+    def _refuse_other_arguments(self, trained: Mapping[str, Any]) -> None:
+        schedule, goes_on = trained.get("schedule", self.schedule), self._trainer is not None
+        if schedule != self.schedule and goes_on and self.trainer.state.fn == TrainerFn.FITTING:
+            msg = f"the checkpoint was trained with schedule {schedule!r}: go on with the same one, or start anew."
+            raise ArgumentError(msg)
+        built = dict(self.hparams)
         names = [name for name in trained if name in built and name not in TRAINING_ONLY]
         changed = [name for name in names if meaning(name, trained) != meaning(name, built)]
         if changed:

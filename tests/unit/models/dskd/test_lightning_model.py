@@ -94,19 +94,15 @@ def test_schedule_sets_the_rate_of_every_step(schedule, rates, magnetic_tile_roo
         def on_before_optimizer_step(self, trainer, pl_module, optimizer):  # noqa: ARG002
             seen.append((optimizer.param_groups[0]["lr"], optimizer.param_groups[0]["betas"]))
 
-    model = Dskd(
-        teacher=TEACHER,
-        teacher_weights=teacher_weights,
-        image_size=64,
-        sigma=2.0,
+    trained_anew(  # two steps an epoch
+        tmp_path,
+        magnetic_tile_root,
+        teacher_weights,
+        trainer={"max_epochs": 3, "limit_val_batches": 0, "callbacks": [Record()]},
         schedule=schedule,
         learning_rate=0.01,
         batch_norm_images=0,
     )
-    with warnings.catch_warnings():
-        warnings.simplefilter("ignore")
-        data = MagneticTile(magnetic_tile_root, train_batch_size=4)  # two steps an epoch
-        engine(tmp_path, max_epochs=3, limit_val_batches=0, callbacks=[Record()]).fit(model, datamodule=data)
     if rates is None:  # cosine from 1/25 of the peak, up to it after 30 % of 6 steps less one, down to 1/10,000 of that
         up, down = [0.0, 1 / 0.8], [(step - 0.8) / 4.2 for step in range(1, 6)]
         rates = [0.0004 + (0.01 - 0.0004) * (1 - math.cos(math.pi * up[0])) / 2]
@@ -116,12 +112,9 @@ def test_schedule_sets_the_rate_of_every_step(schedule, rates, magnetic_tile_roo
 
 
 def test_one_cycle_wants_an_end(magnetic_tile_root, teacher_weights, tmp_path):
-    model = Dskd(teacher=TEACHER, teacher_weights=teacher_weights, image_size=64, sigma=2.0, schedule="one_cycle")
-    with warnings.catch_warnings():
-        warnings.simplefilter("ignore")
-        trainer = engine(tmp_path, max_epochs=-1, limit_val_batches=0)
-        with pytest.raises(ArgumentError, match="schedule 'one_cycle' needs to know the end"):
-            trainer.fit(model, datamodule=MagneticTile(magnetic_tile_root))
+    trainer = {"max_epochs": -1, "limit_val_batches": 0}
+    with pytest.raises(ArgumentError, match="schedule 'one_cycle' needs to know the end"):
+        trained_anew(tmp_path, magnetic_tile_root, teacher_weights, trainer=trainer, schedule="one_cycle")
 
 
 def test_training_does_not_go_on_with_another_schedule(trained, magnetic_tile_root, tmp_path):
@@ -140,14 +133,10 @@ def test_a_loss_that_is_not_finite_stops_the_training(magnetic_tile_root, teache
             if (trainer.current_epoch, batch_idx) == (1, 1):
                 pl_module.model.decoder_student.stages[0][0].main[1].weight.data.fill_(torch.nan)
 
-    model = Dskd(teacher=TEACHER, teacher_weights=teacher_weights, image_size=64, sigma=2.0)
-    with warnings.catch_warnings():
-        warnings.simplefilter("ignore")
-        data = MagneticTile(magnetic_tile_root, train_batch_size=4)
-        trainer = engine(tmp_path, max_epochs=3, callbacks=[Spoil()])
-        message = r"the loss is nan in batch 1 of epoch 1: .*images: .*exp1_num_\d.jpg, .*The last checkpoint is kept"
-        with pytest.raises(DivergedError, match=message):
-            trainer.fit(model, datamodule=data)
+    message = r"the loss is nan in batch 1 of epoch 1: .*images: .*exp1_num_\d.jpg, .*The last checkpoint is kept"
+    trainer = {"max_epochs": 3, "callbacks": [Spoil()]}
+    with pytest.raises(DivergedError, match=message):
+        trained_anew(tmp_path, magnetic_tile_root, teacher_weights, trainer=trainer)
     kept = Dskd.load_from_checkpoint(next(tmp_path.rglob("model.ckpt")))
     assert all(parameter.isfinite().all() for parameter in kept.parameters())
 
@@ -178,29 +167,38 @@ def test_seed_does_not_disturb_the_callers_generator():
     assert torch.equal(torch.rand(1), expected)
 
 
+def trained_anew(folder: Path, root: Path, weights: Path, *, trainer: dict | None = None, **arguments) -> Dskd:
+    settings = {"max_epochs": 2, **(trainer or {})}
+    defaults = {"teacher": TEACHER, "teacher_weights": weights, "image_size": 64, "seed": 7, "sigma": 2.0}
+    model = Dskd(**{**defaults, **arguments})
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")
+        data = MagneticTile(root, train_batch_size=4)
+        engine(folder, **settings).fit(model, datamodule=data)
+    return model
+
+
+def with_and_without(cache: str, calls: list, folder: Path, root: Path, weights: Path, **arguments) -> list:
+    """Train for three epochs with a cache and without; return each model, and the calls that it made."""
+    results = []
+    for size in (1.0, 0.0):
+        calls.clear()
+        trainer = {"max_epochs": 3, "limit_val_batches": 0}
+        model = trained_anew(folder / str(size), root, weights, trainer=trainer, **{cache: size}, **arguments)
+        results.append((list(calls), model))
+    return results
+
+
 def test_two_trainings_with_one_seed_give_the_same_weights(magnetic_tile_root, teacher_weights, tmp_path):
     states = []
     for run in ("a", "b"):
         torch.manual_seed(hash(run) % 1000)  # what happened before does not matter
-        model = Dskd(teacher=TEACHER, teacher_weights=teacher_weights, image_size=64, seed=7, sigma=2.0)
-        with warnings.catch_warnings():
-            warnings.simplefilter("ignore")
-            data = MagneticTile(magnetic_tile_root, train_batch_size=4)
-            engine(tmp_path / run, max_epochs=2, limit_val_batches=0).fit(model, datamodule=data)
+        trainer = {"limit_val_batches": 0}
+        model = trained_anew(tmp_path / run, magnetic_tile_root, teacher_weights, trainer=trainer)
         states.append(model.model.state_dict())
     for name, value in states[0].items():
         same = torch.equal(value, states[1][name]) if isinstance(value, torch.Tensor) else value == states[1][name]
         assert same, name
-
-
-def trained_anew(folder: Path, root: Path, weights: Path, *, epochs: int = 2, **arguments) -> Dskd:
-    trainer = {name: arguments.pop(name) for name in ("limit_val_batches", "logger") if name in arguments}
-    model = Dskd(teacher=TEACHER, teacher_weights=weights, image_size=64, seed=7, sigma=2.0, **arguments)
-    with warnings.catch_warnings():
-        warnings.simplefilter("ignore")
-        data = MagneticTile(root, train_batch_size=4)
-        engine(folder, max_epochs=epochs, **trainer).fit(model, datamodule=data)
-    return model
 
 
 @pytest.mark.parametrize("validation_batches", [0, 1])
@@ -209,7 +207,8 @@ def test_saved_batch_norm_statistics_are_those_of_the_last_weights(
 ):
     root, weights = magnetic_tile_root, teacher_weights
     # more images than there are: all of them, in one known order
-    model = trained_anew(tmp_path, root, weights, batch_norm_images=99, limit_val_batches=validation_batches)
+    trainer = {"limit_val_batches": validation_batches}
+    model = trained_anew(tmp_path, root, weights, batch_norm_images=99, trainer=trainer)
     loaded = Dskd.load_from_checkpoint(next(tmp_path.rglob("*.ckpt"))).model
     data = MagneticTile(root, train_batch_size=4)
     data.setup()
@@ -246,45 +245,25 @@ def test_fresh_batch_norm_statistics_leave_the_training_as_it_is(magnetic_tile_r
 
 
 def test_teacher_runs_once_for_each_image_with_the_cache(magnetic_tile_root, teacher_weights, tmp_path, monkeypatch):
-    images, results = [], []
-    original = Teacher.forward
+    images, original = [], Teacher.forward
     monkeypatch.setattr(Teacher, "forward", lambda self, batch: images.append(len(batch)) or original(self, batch))
-    for cache in (1.0, 0.0):
-        images.clear()
-        model = trained_anew(
-            tmp_path / str(cache),
-            magnetic_tile_root,
-            teacher_weights,
-            teacher_cache=cache,
-            limit_val_batches=0,
-            epochs=3,
-        )
-        results.append((sum(images), float(model.trainer.callback_metrics["train_loss"])))
-        assert model.model.teacher_cache is None  # its memory is free again
-    (cached, loss), (uncached, expected) = results
-    assert (cached, uncached) == (8, 24)
+    results = with_and_without("teacher_cache", images, tmp_path, magnetic_tile_root, teacher_weights)
+    (cached, mine), (uncached, theirs) = results
+    assert (sum(cached), sum(uncached)) == (8, 24)
+    loss, expected = (float(model.trainer.callback_metrics["train_loss"]) for model in (mine, theirs))
     assert loss == pytest.approx(expected, rel=1e-3)  # Adam makes more of the rounding
+    assert mine.model.teacher_cache is None  # its memory is free again
+    assert theirs.model.teacher_cache is None
 
 
 def test_images_are_decoded_once_and_train_the_same(magnetic_tile_root, teacher_weights, tmp_path, monkeypatch):
-    read, results = [], []
-    original = magnetic_tile.read_named_image
+    read, original = [], magnetic_tile.read_named_image
     monkeypatch.setattr(magnetic_tile, "read_named_image", lambda path: read.append(path) or original(path))
-    for cache in (1.0, 0.0):
-        read.clear()
-        model = trained_anew(
-            tmp_path / str(cache),
-            magnetic_tile_root,
-            teacher_weights,
-            image_cache=cache,
-            batch_norm_images=0,
-            limit_val_batches=0,
-            epochs=3,
-        )
-        results.append((len(read), model.model))
+    root, weights = magnetic_tile_root, teacher_weights
+    results = with_and_without("image_cache", read, tmp_path, root, weights, batch_norm_images=0)
     (cached, mine), (uncached, theirs) = results
-    assert (cached, uncached) == (1 + 8, 3 * 8)  # one more to learn the size
-    for (name, weight), other in zip(mine.named_parameters(), theirs.parameters(), strict=True):
+    assert (len(cached), len(uncached)) == (1 + 8, 3 * 8)  # one more to learn the size
+    for (name, weight), other in zip(mine.model.named_parameters(), theirs.model.parameters(), strict=True):
         assert torch.equal(weight, other), name
 
 
