@@ -127,8 +127,7 @@ def test_inferencers_give_the_models_score(tmp_path, monkeypatch):
 
 @pytest.mark.slow
 def test_real_tiles_with_the_real_teacher(tmp_path, magnetic_tiles, resnet18_weights):
-    model = untrained("resnet18.tv_in1k", image_size=128, sigma=4.0)
-    model.teacher_weights = resnet18_weights
+    model = untrained("resnet18.tv_in1k", image_size=128, sigma=4.0, teacher_weights=resnet18_weights)
     model.load_teacher_weights()
     files = sorted(magnetic_tiles.glob("MT_*/Imgs/*.jpg"))[::130]
     tiles = [torch.from_numpy(np.array(Image.open(file).convert("RGB"))).permute(2, 0, 1)[None] / 255 for file in files]

@@ -1,59 +1,12 @@
-"""The distance between two networks' features, and the loss it makes (section 3.1, Eq. 3 to 7)."""
+"""The losses of the two students (section 3.1, Eq. 7)."""
 
 from collections.abc import Sequence
 
-import torch
 from torch import Tensor, nn
-from torch.nn import functional as F  # noqa: N812
 
-__all__ = ["DskdLoss", "discrepancy", "distillation_loss"]
+from anomalib_dskd.components.discrepancy import distillation_loss
 
-
-def discrepancy(first: Tensor, second: Tensor, *, l2_weight: float) -> Tensor:
-    r"""Compare two feature maps pixel by pixel, Eq. (3) to (6).
-
-    .. math::
-        M_{ij} = \lambda \tfrac{1}{2} \lVert \hat a_{ij} - \hat b_{ij} \rVert^2 + (1 - \cos(a_{ij}, b_{ij}))
-               = (1 + \lambda) (1 - \hat a_{ij} \cdot \hat b_{ij})
-
-    where the hat divides a feature vector by its norm, Eq. (3). (The paper prints the squared norm; see the
-    table of deviations in the README.) For unit vectors half the squared distance, Eq. (4), *is* one minus the
-    cosine, Eq. (5), so it is computed once. In 32-bit floating point, whatever the features come in: the
-    cosine of a good match differs from one by less than bfloat16 resolves.
-
-    Args:
-        first: features ``(B, C, H, W)``.
-        second: features ``(B, C, H, W)``.
-        l2_weight: lambda of Eq. (6).
-
-    Returns:
-        Map ``(B, 1, H, W)`` from 0 (same direction) to ``2 * (1 + l2_weight)`` (opposite).
-
-    Example:
-        >>> a, b = torch.tensor([3.0, 4.0]), torch.tensor([4.0, 3.0])  # cosine 24/25
-        >>> round(discrepancy(a.view(1, 2, 1, 1), b.view(1, 2, 1, 1), l2_weight=0.25).item(), 6)  # 1.25 * 1/25
-        0.05
-    """
-    cosine = (F.normalize(first.float(), dim=1) * F.normalize(second.float(), dim=1)).sum(dim=1, keepdim=True)
-    return (1 + l2_weight) * (1 - cosine)
-
-
-def distillation_loss(teacher: Sequence[Tensor], student: Sequence[Tensor], *, l2_weight: float) -> Tensor:
-    r"""Average the discrepancy over pixels, levels and images: the loss of one student, Eq. (7).
-
-    .. math::
-        \ell = \frac{1}{K} \sum_{k=1}^{K} \frac{1}{h_k w_k} \sum_{i,j} M^k_{ij}
-
-    Args:
-        teacher: teacher's features, one ``(B, C_k, H_k, W_k)`` a level.
-        student: student's features, of the same shapes.
-        l2_weight: lambda of Eq. (6).
-
-    Returns:
-        Scalar, averaged over the batch.
-    """
-    levels = [discrepancy(t, s, l2_weight=l2_weight).mean() for t, s in zip(teacher, student, strict=True)]
-    return torch.stack(levels).mean()
+__all__ = ["DskdLoss"]
 
 
 class DskdLoss(nn.Module):

@@ -2,20 +2,16 @@
 
 from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import Any, Literal, get_args
+from typing import Literal, get_args
 
-import torch
-from anomalib.data import InferenceBatch
 from torch import Tensor, nn
 from torch.nn import functional as F  # noqa: N812
 
 from anomalib_dskd.components.backbone import Backbone
 from anomalib_dskd.components.decoder import DecoderStudent
 from anomalib_dskd.components.embedding import DeepFeatureEmbedding, DirectEmbedding
-from anomalib_dskd.components.feature_cache import FeatureCache
-from anomalib_dskd.components.teacher import Teacher
 from anomalib_dskd.errors import ArgumentError
-from anomalib_dskd.models.dskd.anomaly_map import AnomalyMapGenerator, anomaly_score
+from anomalib_dskd.models.distillation.torch_model import DistillationModel
 
 __all__ = ["DskdModel", "Embedding", "Features", "Losses", "MapPair"]
 
@@ -43,7 +39,7 @@ class Features:
     students: dict[str, list[Tensor]]
 
 
-class DskdModel(nn.Module):
+class DskdModel(DistillationModel):
     """Frozen teacher, encoder student, deep feature embedding and decoder student.
 
     With ResNet18, three levels and two residual blocks in the embedding: 20.95 M parameters and 6.16 GMAC at
@@ -84,17 +80,14 @@ class DskdModel(nn.Module):
         l2_weight: float = 0.1,
         sigma: float = 4.0,
     ) -> None:
-        super().__init__()
         _check_combination(map_pair, losses, embedding_gradient=embedding_gradient)
         _check_embedding(embedding_blocks, embedding_input)
+        super().__init__(teacher, layers, l2_weight=l2_weight, sigma=sigma)
         self.map_pair = map_pair
         self.losses = losses
-        self.map_levels = _positions(map_layers, layers)
+        self._map_levels = _positions(map_layers, layers)
         self.embedding_input = embedding_input
         self.embedding_gradient = embedding_gradient
-        self.is_trained = False
-
-        self.teacher = Teacher(teacher, layers)
         self.encoder_student = Backbone(teacher, layers)
         levels = self.teacher.levels
         self.embedding: nn.Module | None = None
@@ -102,38 +95,15 @@ class DskdModel(nn.Module):
         if losses != "encoder":
             self.embedding = DeepFeatureEmbedding(levels, embedding_blocks) if embedding else DirectEmbedding(levels)
             self.decoder_student = DecoderStudent(levels)
-        self.teacher_cache: FeatureCache | None = None
-        """Set while training, to run the teacher once for each image instead of once in each epoch."""
-        self.anomaly_map_generator = AnomalyMapGenerator(l2_weight=l2_weight, sigma=sigma)
 
     @property
-    def smallest_image(self) -> int:
-        """Least height and width in pixels: two cells of the embedding, and more than the blur reflects."""
-        return max(4 * self.teacher.levels[-1].stride, self.anomaly_map_generator.margin + 1)
+    def map_levels(self) -> Sequence[int]:
+        """Positions in the pyramid of the levels that the map adds up."""
+        return self._map_levels
 
-    @property
-    def largest_score(self) -> float:
-        """Upper bound of the anomaly map and the score."""
-        return self.anomaly_map_generator.bound(len(self.map_levels))
-
-    def forward(self, images: Tensor) -> Features | InferenceBatch:
-        """Map normalised images ``(B, 3, H, W)`` to features in training, to map and score in evaluation.
-
-        Returns:
-            In training :class:`Features`; in evaluation ``anomaly_map`` ``(B, 1, H, W)`` and ``pred_score``
-            ``(B, 1)``.
-
-        Raises:
-            ArgumentError: images smaller than the networks' strides or the blur allow.
-            TeacherWeightsError: the teacher has no pretrained weights yet.
-        """
-        if not torch.compiler.is_exporting():  # sizes can be symbols there, and training has checked them
-            self.check_size(*images.shape[-2:])
-        return self._training_features(images) if self.training else self._infer(images)
-
-    def _training_features(self, images: Tensor) -> Features:
-        teacher = self.teacher if self.teacher_cache is None else self.teacher_cache
-        return Features(teacher=teacher(images), students=self.student_features(images))
+    def training_features(self, images: Tensor) -> Features:
+        """Map normalised images ``(B, 3, H, W)`` to the features that Eq. (7) compares."""
+        return Features(teacher=self.teacher_features(images), students=self.student_features(images))
 
     def student_features(self, images: Tensor) -> dict[str, list[Tensor]]:
         """Map images ``(B, 3, H, W)`` to the pyramids of the students that are distilled."""
@@ -145,16 +115,15 @@ class DskdModel(nn.Module):
             students["decoder"] = self._decode(encoded)
         return students
 
-    def _infer(self, images: Tensor) -> InferenceBatch:
+    def compared_pyramids(self, images: Tensor) -> tuple[Sequence[Tensor], Sequence[Tensor]]:
         """Run only the networks that the map's pair needs."""
-        features: dict[str, list[Tensor]] = {"E": self.encoder_student(images)}
+        pyramids = {"E": self.encoder_student(images)}
         if "T" in self.map_pair:
-            features["T"] = self.teacher(images)
+            pyramids["T"] = self.teacher(images)
         if "D" in self.map_pair:
-            features["D"] = self._decode(features["E"])
-        first, second = ([features[name][level] for level in self.map_levels] for name in self.map_pair.split("-"))
-        anomaly_map = self.anomaly_map_generator(first, second, images.shape[-2:])
-        return InferenceBatch(pred_score=anomaly_score(anomaly_map), anomaly_map=anomaly_map)
+            pyramids["D"] = self._decode(pyramids["E"])
+        first, second = self.map_pair.split("-")
+        return pyramids[first], pyramids[second]
 
     def _decode(self, encoded: Sequence[Tensor]) -> list[Tensor]:
         assert self.embedding is not None  # the constructor sees to it
@@ -164,32 +133,6 @@ class DskdModel(nn.Module):
             features = [F.normalize(level, dim=1) for level in features]
         decoded: list[Tensor] = self.decoder_student(self.embedding(features), [level.shape[-2:] for level in encoded])
         return decoded
-
-    def check_size(self, height: int, width: int) -> None:
-        """Raise unless the networks and the blur can work on images of this size.
-
-        Raises:
-            ArgumentError: too small, or not the only size that the teacher takes.
-        """
-        backbone = self.teacher.backbone
-        if backbone.fixed_size is not None and backbone.fixed_size != (height, width):
-            msg = f"images of {height}x{width} pixels: the teacher {backbone.name!r} takes {backbone.fixed_size} alone."
-            raise ArgumentError(msg)
-        if min(height, width) < self.smallest_image:
-            msg = (
-                f"images of {height}x{width} pixels are too small: the teacher {backbone.name!r} with layers "
-                f"{list(backbone.layers)} and this sigma need at least {self.smallest_image}x{self.smallest_image}. "
-                "Give a larger image_size, shallower layers or a smaller sigma."
-            )
-            raise ArgumentError(msg)
-
-    def get_extra_state(self) -> dict[str, Any]:
-        """Return what a checkpoint needs beside the tensors: whether the students have been trained."""
-        return {"is_trained": self.is_trained}
-
-    def set_extra_state(self, state: dict[str, Any]) -> None:
-        """Restore whether the students have been trained."""
-        self.is_trained = state["is_trained"]
 
 
 def _check_combination(map_pair: str, losses: str, *, embedding_gradient: bool) -> None:

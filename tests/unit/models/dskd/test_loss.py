@@ -2,7 +2,8 @@ import numpy as np
 import pytest
 import torch
 
-from anomalib_dskd.models.dskd.loss import DskdLoss, discrepancy, distillation_loss
+from anomalib_dskd.components.discrepancy import discrepancy, distillation_loss
+from anomalib_dskd.models.dskd.loss import DskdLoss
 
 
 def vector(*values: float) -> torch.Tensor:

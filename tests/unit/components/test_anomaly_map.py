@@ -3,8 +3,8 @@ import pytest
 import torch
 from scipy.ndimage import gaussian_filter
 
-from anomalib_dskd.models.dskd.anomaly_map import AnomalyMapGenerator, anomaly_score, sum_of_levels
-from anomalib_dskd.models.dskd.loss import discrepancy
+from anomalib_dskd.components.anomaly_map import AnomalyMapGenerator, anomaly_score, sum_of_levels
+from anomalib_dskd.components.discrepancy import discrepancy
 
 
 def pyramid(seed: int) -> list[torch.Tensor]:

@@ -1,4 +1,4 @@
-"""From feature discrepancies to the anomaly map and the image score (section 3.3, Eq. 8 to 10)."""
+"""From feature discrepancies to the anomaly map and the image score (DSKD, section 3.3, Eq. 8 to 10)."""
 
 from collections.abc import Sequence
 from contextlib import nullcontext
@@ -9,7 +9,7 @@ from anomalib.models.components.filters.blur import compute_kernel_size
 from torch import Tensor, nn
 from torch.nn import functional as F  # noqa: N812
 
-from anomalib_dskd.models.dskd.loss import discrepancy
+from anomalib_dskd.components.discrepancy import discrepancy
 
 __all__ = ["AnomalyMapGenerator", "anomaly_score", "sum_of_levels"]
 

@@ -1,7 +1,9 @@
-"""What a :class:`~anomalib_dskd.Dskd` may be built and trained with: checks, and what arguments mean."""
+"""What the models may be built and trained with: checks, and what arguments mean."""
 
 import math
 from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, fields
+from pathlib import Path
 from typing import Any, Literal, get_args
 
 from anomalib.pre_processing import PreProcessor
@@ -17,8 +19,8 @@ __all__ = [
     "DEFAULT_TEACHER",
     "TRAINING_ONLY",
     "Schedule",
-    "check_numbers",
-    "check_schedule",
+    "TrainingOptions",
+    "check_not_negative",
     "check_trainer",
     "meaning",
     "number_of_steps",
@@ -29,26 +31,59 @@ DEFAULT_TEACHER = "resnet18.tv_in1k"  # section 4.1.2; timm's own default tag ha
 DEFAULT_IMAGE_SIZE = (256, 256)  # section 4.1.2, for MVTec AD and MVTec 3D-AD
 Schedule = Literal["constant", "one_cycle"]
 PRECISIONS = ("32-true", "64-true", "bf16-mixed", "16-mixed")
-TRAINING_ONLY = {
-    "batch_norm_images",
-    "betas",
-    "embedding_gradient",
-    "image_cache",
-    "learning_rate",
-    "schedule",
-    "seed",
-    "teacher_cache",
-    "teacher_weights",
-    "weight_decay",
-}
-"""Arguments that a trained model's results do not depend on any more."""
 
 
-def check_schedule(schedule: str) -> None:
-    """Raise unless the schedule is known."""
-    if schedule not in get_args(Schedule):
-        msg = f"schedule {schedule!r} must be {' or '.join(map(repr, get_args(Schedule)))}."
-        raise ArgumentError(msg)
+@dataclass(frozen=True, kw_only=True)
+class TrainingOptions:
+    """Arguments that every model takes for its training, and that a trained model's results do not depend on any more.
+
+    The models' own docstrings say what each one means.
+
+    Raises:
+        ArgumentError: a value is out of range.
+    """
+
+    teacher_weights: str | Path | None
+    learning_rate: float
+    schedule: Schedule
+    betas: tuple[float, float]
+    weight_decay: float
+    batch_norm_images: int
+    teacher_cache: float
+    image_cache: float
+    seed: int | None
+
+    def __post_init__(self) -> None:
+        """Check the values."""
+        check_not_negative(
+            weight_decay=self.weight_decay, teacher_cache=self.teacher_cache, image_cache=self.image_cache
+        )
+        if not (isinstance(self.batch_norm_images, int) and self.batch_norm_images >= 0):
+            msg = (
+                f"batch_norm_images {self.batch_norm_images!r} must be a whole number of images, or 0 for running "
+                "averages."
+            )
+            raise ArgumentError(msg)
+        if not (math.isfinite(self.learning_rate) and self.learning_rate > 0):
+            msg = f"learning_rate {self.learning_rate!r} must be a finite number larger than 0."
+            raise ArgumentError(msg)
+        if len(self.betas) != 2 or not all(0 <= beta < 1 for beta in self.betas):  # noqa: PLR2004 - Adam has two
+            msg = f"betas {self.betas!r} must be two numbers from 0 up to, not including, 1."
+            raise ArgumentError(msg)
+        if self.schedule not in get_args(Schedule):
+            msg = f"schedule {self.schedule!r} must be {' or '.join(map(repr, get_args(Schedule)))}."
+            raise ArgumentError(msg)
+
+
+TRAINING_ONLY = frozenset(option.name for option in fields(TrainingOptions))
+
+
+def check_not_negative(**values: float) -> None:
+    """Raise unless all numbers are finite, and none is below 0."""
+    for name, value in values.items():
+        if not (math.isfinite(value) and value >= 0):
+            msg = f"{name} {value!r} must be a finite number, 0 or larger."
+            raise ArgumentError(msg)
 
 
 def number_of_steps(trainer: Trainer) -> int:
@@ -91,25 +126,6 @@ def resolve_pre_processor(
         msg = f"image_size {image_size!r} must be one number of pixels, or height and width, each at least 1."
         raise ArgumentError(msg)
     return create_pre_processor(teacher, (size[0], size[1]))
-
-
-def check_numbers(
-    *, betas: tuple[float, float], learning_rate: float, batch_norm_images: int, **not_negative: float
-) -> None:
-    """Raise unless all numbers are in range."""
-    if not (isinstance(batch_norm_images, int) and batch_norm_images >= 0):
-        msg = f"batch_norm_images {batch_norm_images!r} must be a whole number of images, or 0 for running averages."
-        raise ArgumentError(msg)
-    for name, value in not_negative.items():
-        if not (math.isfinite(value) and value >= 0):
-            msg = f"{name} {value!r} must be a finite number, 0 or larger."
-            raise ArgumentError(msg)
-    if not (math.isfinite(learning_rate) and learning_rate > 0):
-        msg = f"learning_rate {learning_rate!r} must be a finite number larger than 0."
-        raise ArgumentError(msg)
-    if len(betas) != 2 or not all(0 <= beta < 1 for beta in betas):  # noqa: PLR2004 - Adam has two
-        msg = f"betas {betas!r} must be two numbers from 0 up to, not including, 1."
-        raise ArgumentError(msg)
 
 
 def meaning(name: str, arguments: Mapping[str, Any]) -> object:

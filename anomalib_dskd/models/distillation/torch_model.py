@@ -1,0 +1,120 @@
+"""What the detectors have in common as networks: a frozen teacher, and a map of where two pyramids differ."""
+
+from abc import abstractmethod
+from collections.abc import Sequence
+from typing import Any
+
+import torch
+from anomalib.data import InferenceBatch
+from torch import Tensor, nn
+
+from anomalib_dskd.components.anomaly_map import AnomalyMapGenerator, anomaly_score
+from anomalib_dskd.components.feature_cache import FeatureCache
+from anomalib_dskd.components.teacher import Teacher
+from anomalib_dskd.errors import ArgumentError
+
+__all__ = ["DistillationModel"]
+
+Pyramid = Sequence[Tensor]
+"""Features ``(B, C_k, H_k, W_k)``, one tensor a level."""
+
+
+class DistillationModel(nn.Module):
+    """A frozen teacher, students that a subclass adds, and the map of a discrepancy.
+
+    Args:
+        teacher: timm backbone that supports ``features_only``.
+        layers: indices into its feature levels.
+        l2_weight: lambda of DSKD's Eq. (6).
+        sigma: standard deviation of the map's blur in pixels.
+    """
+
+    def __init__(self, teacher: str, layers: Sequence[int], *, l2_weight: float, sigma: float) -> None:
+        super().__init__()
+        self.is_trained = False
+        self.teacher = Teacher(teacher, layers)
+        self.teacher_cache: FeatureCache | None = None
+        """Set while training, to run the teacher once for each image instead of once in each epoch."""
+        self.anomaly_map_generator = AnomalyMapGenerator(l2_weight=l2_weight, sigma=sigma)
+
+    @property
+    def coarsest_stride(self) -> int:
+        """Image pixels along a cell of the coarsest features: those of an embedding below the deepest level."""
+        return 2 * self.teacher.levels[-1].stride
+
+    @property
+    def smallest_image(self) -> int:
+        """Least height and width in pixels: two cells of the coarsest features, and more than the blur reflects."""
+        return max(2 * self.coarsest_stride, self.anomaly_map_generator.margin + 1)
+
+    @property
+    def map_levels(self) -> Sequence[int]:
+        """Positions in the pyramid of the levels that the map adds up."""
+        return range(len(self.teacher.levels))
+
+    @property
+    def largest_score(self) -> float:
+        """Upper bound of the anomaly map and the score."""
+        return self.anomaly_map_generator.bound(len(self.map_levels))
+
+    @abstractmethod
+    def training_features(self, images: Tensor) -> Any:  # noqa: ANN401 - what the model's loss takes
+        """Map normalised images ``(B, 3, H, W)`` to the features that the losses compare."""
+
+    @abstractmethod
+    def compared_pyramids(self, images: Tensor) -> tuple[Pyramid, Pyramid]:
+        """Map normalised images ``(B, 3, H, W)`` to the two pyramids whose discrepancy is the map, and no more."""
+
+    def teacher_features(self, images: Tensor) -> list[Tensor]:
+        """Map images ``(B, 3, H, W)`` to the teacher's pyramid for a loss: of unit norm where it was kept."""
+        features: list[Tensor] = (self.teacher if self.teacher_cache is None else self.teacher_cache)(images)
+        return features
+
+    def forward(self, images: Tensor) -> Any:  # noqa: ANN401 - see the docstring
+        """Map normalised images ``(B, 3, H, W)`` to features in training, to map and score in evaluation.
+
+        Returns:
+            In training what :meth:`training_features` does; in evaluation an ``InferenceBatch`` with ``anomaly_map``
+            ``(B, 1, H, W)`` and ``pred_score`` ``(B, 1)``.
+
+        Raises:
+            ArgumentError: images smaller than the networks' strides or the blur allow.
+            TeacherWeightsError: the teacher has no pretrained weights yet.
+        """
+        if not torch.compiler.is_exporting():  # sizes can be symbols there, and training has checked them
+            self.check_size(*images.shape[-2:])
+        if self.training:
+            return self.training_features(images)
+        first, second = self.compared_pyramids(images)
+        anomaly_map = self.anomaly_map_generator(
+            [first[level] for level in self.map_levels],
+            [second[level] for level in self.map_levels],
+            images.shape[-2:],
+        )
+        return InferenceBatch(pred_score=anomaly_score(anomaly_map), anomaly_map=anomaly_map)
+
+    def check_size(self, height: int, width: int) -> None:
+        """Raise unless the networks and the blur can work on images of this size.
+
+        Raises:
+            ArgumentError: too small, or not the only size that the teacher takes.
+        """
+        backbone = self.teacher.backbone
+        if backbone.fixed_size is not None and backbone.fixed_size != (height, width):
+            msg = f"images of {height}x{width} pixels: the teacher {backbone.name!r} takes {backbone.fixed_size} alone."
+            raise ArgumentError(msg)
+        if min(height, width) < self.smallest_image:
+            msg = (
+                f"images of {height}x{width} pixels are too small: the teacher {backbone.name!r} with layers "
+                f"{list(backbone.layers)} and this sigma need at least {self.smallest_image}x{self.smallest_image}. "
+                "Give a larger image_size, shallower layers or a smaller sigma."
+            )
+            raise ArgumentError(msg)
+
+    def get_extra_state(self) -> dict[str, Any]:
+        """Return what a checkpoint needs beside the tensors: whether the students have been trained."""
+        return {"is_trained": self.is_trained}
+
+    def set_extra_state(self, state: dict[str, Any]) -> None:
+        """Restore whether the students have been trained."""
+        self.is_trained = state["is_trained"]
