@@ -62,8 +62,8 @@ class CachedImages(Dataset[ImageItem]):
 
     The images are in memory that worker processes share, so that what one has decoded in an epoch is there for
     all in the next. Where processes are spawned instead of forked (Windows, macOS), workers decode each time.
-    Images with a defect, or of another size than the first, are left alone, and all of them where augmentations may
-    be random or items are more than image, mask and label.
+    Images whose mask has a defect, or of another size than the first, are left alone, and all of them where
+    augmentations may be random or items are more than image, mask and label.
 
     Args:
         dataset: the data set that reads files. Everything but its items is its own.
@@ -129,7 +129,7 @@ class CachedImages(Dataset[ImageItem]):
     def _keep(self, index: int, item: ImageItem) -> int:
         assert self._images is not None  # the caller has looked
         image, mask = torch.as_tensor(item.image), item.gt_mask
-        if image.shape != self._shape or item.gt_label or (mask is not None and torch.as_tensor(mask).any()):
+        if image.shape != self._shape or (mask is not None and torch.as_tensor(mask).any()):
             return LEFT_OUT
         self._images[index] = image.numpy()
         return WITHOUT_MASK if mask is None else WITH_MASK

@@ -43,11 +43,13 @@ def test_momentum_returns_and_weights_stay():
 def test_norms_in_evaluation_mode_are_left_alone():
     net = network()
     net[1].eval()
-    before = copy.deepcopy(net[1].state_dict())
+    before, images = copy.deepcopy(net), torch.randn(4, 3, 8, 8)
     with fresh_statistics(net), torch.no_grad():
-        net(torch.randn(4, 3, 8, 8))
-    assert all(torch.equal(net[1].state_dict()[name], value) for name, value in before.items())
+        within = net(images)
+    assert all(torch.equal(net[1].state_dict()[name], value) for name, value in before[1].state_dict().items())
     assert net[4].num_batches_tracked == 1
+    with torch.no_grad():
+        assert torch.equal(within, before(images))  # the first norm used its own statistics all the while
 
 
 def test_without_a_batch_nothing_changes():

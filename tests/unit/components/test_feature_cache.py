@@ -123,6 +123,13 @@ def test_what_memory_does_not_hold_goes_to_a_file_and_comes_back(monkeypatch):
         torch.testing.assert_close(mine, F.normalize(theirs, dim=1), rtol=6e-4, atol=1e-7)
 
 
+def test_no_block_is_made_for_images_beyond_the_limit(monkeypatch):
+    monkeypatch.setattr(feature_cache, "BLOCK", 2)
+    cache = FeatureCache(Counting(), images=2, memory=1.0)
+    cache(batch(3))
+    assert cache.bytes_in_memory == 2 * 2 * (3 * 2 * 2 + 3)  # one block, of two images
+
+
 def test_a_full_disk_costs_speed_and_nothing_else(monkeypatch, caplog):
     monkeypatch.setattr(feature_cache, "BLOCK", 2)
 
