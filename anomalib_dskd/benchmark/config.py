@@ -9,7 +9,7 @@ from typing import Any, Literal
 
 from anomalib_dskd.errors import ArgumentError
 
-__all__ = ["OWN", "BenchmarkConfig", "DatasetSpec", "Job", "Measurements", "ModelSpec", "expand"]
+__all__ = ["OWN", "BenchmarkConfig", "DatasetSpec", "Job", "Measurements", "ModelSpec", "Task", "expand"]
 
 EXAMPLE_EPOCHS = {"Stfpm": 100, "ReverseDistillation": 200}
 """Epochs in the example configurations of anomalib 2.7. Those also stop early on test figures, which is left out."""
@@ -148,6 +148,21 @@ class Job:
     def from_dict(cls, values: dict[str, Any]) -> "Job":
         """Return the job that :func:`dataclasses.asdict`, and JSON, made ``values`` of."""
         return cls(**{**values, "image_size": tuple(values["image_size"])})
+
+
+@dataclass(frozen=True)
+class Task:
+    """A job, and where its files are.
+
+    Args:
+        job: what to do.
+        folder: for its log and predictions.
+        training: file for the trained weights, where other jobs of the run share this one's training.
+    """
+
+    job: Job
+    folder: Path
+    training: Path | None = None
 
 
 def expand(config: BenchmarkConfig, weights: list[dict[str, str]] | None = None) -> list[Job]:

@@ -1,15 +1,16 @@
 """A whole benchmark: jobs that are not done yet, then the report."""
 
+from collections import Counter
 from typing import Any
 
 from rich.console import Console
 
-from anomalib_dskd.benchmark.config import BenchmarkConfig, Job, expand
+from anomalib_dskd.benchmark.config import BenchmarkConfig, Job, Task, expand
 from anomalib_dskd.benchmark.hub_cache import describe_weights, environment, write_hub_cache
 from anomalib_dskd.benchmark.progress import BenchmarkProgress
 from anomalib_dskd.benchmark.report import write_report
 from anomalib_dskd.benchmark.run_folder import RunFolder
-from anomalib_dskd.benchmark.run_job import check_job
+from anomalib_dskd.benchmark.run_job import check_job, training_id
 from anomalib_dskd.benchmark.runners import LocalRunner, RayRunner
 from anomalib_dskd.errors import DataError
 
@@ -47,10 +48,10 @@ def _run(config: BenchmarkConfig, config_text: str, jobs: list[Job], console: Co
     with RunFolder(config.run_folder, config_text) as folder:
         cache = folder.path / "weights"
         finished = folder.finished()
-        waiting = [(job, folder.job_folder(job.id)) for job in jobs if job.id not in finished]
+        waiting = _tasks(jobs, finished, folder)
         if waiting:
             write_hub_cache(config.weights, cache)
-        by_id = {job.id: job for job, _ in waiting}
+        by_id = {task.job.id: task.job for task in waiting}
         failed = 0
         with BenchmarkProgress(len(jobs), len(jobs) - len(waiting), console) as progress:
             runner = _runner(config, environment(cache) if config.weights else {}, progress)
@@ -58,9 +59,24 @@ def _run(config: BenchmarkConfig, config_text: str, jobs: list[Job], console: Co
                 folder.append(record)
                 failed += record["status"] == "failed"
                 progress.finish(by_id[record["job"]], _outcome(record))
+        if not failed:
+            folder.drop_trainings()
         for path in write_report(folder.path):
             console.print(str(path), markup=False, highlight=False, soft_wrap=True)
     return not failed
+
+
+def _tasks(jobs: list[Job], finished: set[str], folder: RunFolder) -> list[Task]:
+    """List the jobs that are not done, with a file for a training that others of the run, done or not, have too."""
+    trainings = {job.id: training_id(job) for job in jobs}
+    uses = Counter(trainings.values())
+    tasks = []
+    for job in jobs:
+        if job.id not in finished:
+            name = trainings[job.id]
+            shared = name is not None and uses[name] > 1
+            tasks.append(Task(job, folder.job_folder(job.id), folder.training(str(name)) if shared else None))
+    return tasks
 
 
 def _runner(config: BenchmarkConfig, variables: dict[str, str], progress: BenchmarkProgress) -> LocalRunner | RayRunner:

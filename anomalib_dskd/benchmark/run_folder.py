@@ -3,6 +3,7 @@
 import difflib
 import json
 import os
+import shutil
 from pathlib import Path
 from types import TracebackType
 from typing import Any
@@ -17,6 +18,7 @@ __all__ = ["CONFIG", "PREDICTIONS", "RESULTS", "RunFolder", "job_path", "read_re
 CONFIG = "config.yaml"
 RESULTS = "results.jsonl"
 PREDICTIONS = "predictions.npz"
+TRAININGS = "trainings"
 
 
 class RunFolder:
@@ -65,6 +67,14 @@ class RunFolder:
         folder = job_path(self.path, job_id)
         folder.mkdir(parents=True, exist_ok=True)
         return folder
+
+    def training(self, name: str) -> Path:
+        """Return the file of trained weights that several jobs use."""
+        return self.path / TRAININGS / f"{name}.pt"
+
+    def drop_trainings(self) -> None:
+        """Delete the trained weights that jobs have shared: none needs them any more."""
+        shutil.rmtree(self.path / TRAININGS, ignore_errors=True)
 
     def finished(self) -> set[str]:
         """Return the jobs that are done; one that failed is to be tried again."""

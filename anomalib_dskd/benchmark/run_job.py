@@ -5,12 +5,13 @@ import inspect
 import statistics
 import time
 from collections.abc import Callable
-from dataclasses import asdict
+from dataclasses import asdict, replace
 from datetime import datetime, timezone
 from pathlib import Path
 from tempfile import TemporaryDirectory
 from typing import Any
 
+import torch
 from anomalib.data import AnomalibDataModule
 from anomalib.deploy import CompressionType
 from anomalib.engine import Engine
@@ -25,7 +26,7 @@ from anomalib_dskd.benchmark.run_folder import PREDICTIONS
 from anomalib_dskd.benchmark.speed import measure_cost, measure_openvino, measure_pytorch, peak_memory_mib
 from anomalib_dskd.errors import ArgumentError
 
-__all__ = ["check_job", "failure", "now", "run_job"]
+__all__ = ["check_job", "failure", "now", "run_job", "training_id"]
 
 Report = Callable[[float, str], None]
 """Takes the fraction of the job that is done, and what it is at."""
@@ -33,13 +34,14 @@ Report = Callable[[float, str], None]
 TRAINING_SHARE = 0.9  # of a job's time, for the progress bar
 
 
-def run_job(job: Job, folder: Path, report: Report) -> dict[str, Any]:
+def run_job(job: Job, folder: Path, report: Report, training: Path | None = None) -> dict[str, Any]:
     """Build, train, test and measure a model.
 
     Args:
         job: what to do.
         folder: where the predictions are kept.
         report: is told about the progress.
+        training: file that holds the trained weights, or is to hold them for the jobs that share this training.
 
     Returns:
         The job's line in the results.
@@ -52,38 +54,31 @@ def run_job(job: Job, folder: Path, report: Report) -> dict[str, Any]:
     clock, recorder = _Clock(report), ScoreRecorder()
     with TemporaryDirectory(prefix="anomalib-dskd-") as scratch:
         report(0.0, "preparing")
-        start = time.perf_counter()
-        trainer = _fit(job, model, data, clock, Path(scratch))
-        fit_seconds = time.perf_counter() - start
-        trained = sum(p.numel() for o in trainer.optimizers for g in o.param_groups for p in g["params"])
+        trained = _reuse(training, job, model, data, Path(scratch))
+        if trained is None:
+            trained = _fit(job, model, data, clock, Path(scratch))
+            _keep(training, model, trained)
         report(TRAINING_SHARE, "testing")
         _test(job, model, data, recorder, Path(scratch))
-    memory = peak_memory_mib()
     predictions = recorder.predictions(_classes(data))
     predictions.save(folder / PREDICTIONS)
     report(TRAINING_SHARE, "computing figures")
-    images = len(data.train_data)
     record = {
         **_identity(job),
         "status": "done",
         "reason": None,
         "figures": figures(predictions),
         "classes": figures_by_class(predictions),
-        "training": {
-            "fit_seconds": fit_seconds,
-            "epochs": trainer.current_epoch,
-            "images": images,
-            "images_per_second": images / clock.seconds_an_epoch if clock.seconds_an_epoch else None,
-        },
+        "training": trained["training"],
         "weights": job.weights,
         "machine": machine(),
         "started": started,
     }
     if _imposes_epochs(job, model):
-        record.update(epochs=trainer.current_epoch, epochs_source=OWN)
+        record.update(epochs=trained["training"]["epochs"], epochs_source=OWN)
     report(TRAINING_SHARE, "measuring")
-    measured = _measure(job, model, data, trained)
-    measured["cost"]["peak_memory_mib"] = memory
+    measured = _measure(job, model, data, trained["parameters"])
+    measured["cost"]["peak_memory_mib"] = trained["peak_memory_mib"]
     return {**record, **measured, "finished": now()}
 
 
@@ -96,6 +91,19 @@ def check_job(job: Job) -> None:
     _parser(AnomalibDataModule, job.data_class_path, _data_arguments(job))
     _parser(AnomalibModule, job.class_path, job.init_args)  # before the class is asked what else it takes
     _parser(AnomalibModule, job.class_path, _model_arguments(job))
+
+
+def training_id(job: Job) -> str | None:
+    """Return what jobs have in common that differ only in how a trained model makes its map.
+
+    A model says by an attribute ``map_only`` which of its arguments its training does not depend on. Models that
+    say nothing share no training: None.
+    """
+    map_only = getattr(_import(job.class_path), "map_only", None)
+    if map_only is None:
+        return None
+    arguments = {name: value for name, value in job.init_args.items() if name not in map_only}
+    return replace(job, model="", init_args=arguments, measure={}).id
 
 
 def failure(job: Job, reason: str, started: str | None = None) -> dict[str, Any]:
@@ -206,14 +214,50 @@ def _imposes_epochs(job: Job, model: AnomalibModule) -> bool:
     return job.epochs is None or "max_epochs" in model.trainer_arguments
 
 
-def _fit(job: Job, model: AnomalibModule, data: AnomalibDataModule, clock: Callback, folder: Path) -> Trainer:
-    """Train, with one validation at the end: all that thresholds and memory banks need."""
+def _fit(job: Job, model: AnomalibModule, data: AnomalibDataModule, clock: _Clock, folder: Path) -> dict[str, Any]:
+    """Train, with one validation at the end: all that thresholds and memory banks need.
+
+    Returns:
+        The job's ``training``, the number of trained ``parameters``, and ``peak_memory_mib``.
+    """
     arguments: dict[str, Any] = {}
     if not _imposes_epochs(job, model):
         arguments = {"max_epochs": job.epochs, "check_val_every_n_epoch": job.epochs, "precision": job.precision}
     engine = _engine(job, folder, [clock], **arguments)
+    start = time.perf_counter()
     engine.fit(model, datamodule=data)
-    return engine.trainer
+    seconds = time.perf_counter() - start
+    images, trainer = len(data.train_data), engine.trainer
+    return {
+        "training": {
+            "fit_seconds": seconds,
+            "epochs": trainer.current_epoch,
+            "images": images,
+            "images_per_second": images / clock.seconds_an_epoch if clock.seconds_an_epoch else None,
+        },
+        "parameters": sum(p.numel() for o in trainer.optimizers for g in o.param_groups for p in g["params"]),
+        "peak_memory_mib": peak_memory_mib(),
+    }
+
+
+def _keep(training: Path | None, model: AnomalibModule, trained: dict[str, Any]) -> None:
+    if training is not None:
+        training.parent.mkdir(parents=True, exist_ok=True)
+        part = training.with_suffix(".part")
+        torch.save({"state_dict": model.state_dict(), **trained}, part)
+        part.replace(training)  # whole or not at all
+
+
+def _reuse(
+    training: Path | None, job: Job, model: AnomalibModule, data: AnomalibDataModule, folder: Path
+) -> dict[str, Any] | None:
+    """Load weights that another job has trained, and set this job's own thresholds."""
+    if training is None or not training.is_file():
+        return None
+    trained: dict[str, Any] = torch.load(training, weights_only=True)
+    model.load_state_dict(trained.pop("state_dict"))
+    _engine(job, folder, []).validate(model, datamodule=data, verbose=False)
+    return trained
 
 
 def _test(job: Job, model: AnomalibModule, data: AnomalibDataModule, recorder: Callback, folder: Path) -> None:

@@ -12,7 +12,7 @@ from pathlib import Path
 from tempfile import TemporaryDirectory
 from typing import Any
 
-from anomalib_dskd.benchmark.config import Job
+from anomalib_dskd.benchmark.config import Job, Task
 from anomalib_dskd.benchmark.run_job import failure, now, run_job
 from anomalib_dskd.errors import ArgumentError
 
@@ -37,17 +37,18 @@ class LocalRunner:
         self.environment = environment
         self.progress = progress
 
-    def run(self, jobs: Sequence[tuple[Job, Path]]) -> Iterator[dict[str, Any]]:
+    def run(self, tasks: Sequence[Task]) -> Iterator[dict[str, Any]]:
         """Yield the result of each job, done or failed; its log and predictions go into its folder."""
-        for job, folder in jobs:
-            yield self.run_one(job, folder)
+        for task in tasks:
+            yield self.run_one(task)
 
-    def run_one(self, job: Job, folder: Path) -> dict[str, Any]:
+    def run_one(self, task: Task) -> dict[str, Any]:
         """Return the result of a job, done or failed."""
+        job, folder = task.job, task.folder
         self.progress(job, 0.0, "starting")
         context = multiprocessing.get_context("spawn")
         receiver, sender = context.Pipe(duplex=False)
-        process = context.Process(target=_work, args=(asdict(job), str(folder), sender))
+        process = context.Process(target=_work, args=(asdict(job), folder, task.training, sender))
         with _set_environment(self.environment):
             process.start()
         sender.close()  # so that the pipe ends with the process
@@ -76,7 +77,7 @@ class RayRunner:
     """Runs jobs on a Ray cluster, as many at a time as its processors and GPUs allow.
 
     Ray does the scheduling, and repeats a job whose worker or machine is lost. The data and the run folder must
-    be at the same path on each machine.
+    be at the same path on each machine. Each job is trained by itself, whatever it could share.
 
     Args:
         environment: variables set for the jobs.
@@ -86,7 +87,7 @@ class RayRunner:
         gpus: GPUs a job.
 
     Raises:
-        ArgumentError: Ray is not installed.
+        ArgumentError: Ray is not installed, or no machine has what a job is to get.
     """
 
     def __init__(
@@ -109,22 +110,33 @@ class RayRunner:
         self.environment = environment
         self.resources = {"num_cpus": cpus, "num_gpus": gpus}
 
-    def run(self, jobs: Sequence[tuple[Job, Path]]) -> Iterator[dict[str, Any]]:
+    def run(self, tasks: Sequence[Task]) -> Iterator[dict[str, Any]]:
         """Yield the result of each job as it ends, done or failed; predictions are brought back to its folder."""
         ray = self.ray
         started_here = not ray.is_initialized()
         if started_here:
             ray.init(address=self.address, log_to_driver=False, include_dashboard=False)
         try:
-            task = ray.remote(_work_remotely).options(**self.resources, max_retries=RETRIES)
-            waiting = {task.remote(asdict(job), dict(self.environment)): (job, folder) for job, folder in jobs}
+            self._check_machines()
+            work = ray.remote(_work_remotely).options(**self.resources, max_retries=RETRIES)
+            waiting = {work.remote(asdict(task.job), dict(self.environment)): task for task in tasks}
             while waiting:
                 (ended,), _ = ray.wait(list(waiting), num_returns=1)
-                job, folder = waiting.pop(ended)
-                yield self._collect(ended, job, folder)
+                task = waiting.pop(ended)
+                yield self._collect(ended, task.job, task.folder)
         finally:
             if started_here:
                 ray.shutdown()
+
+    def _check_machines(self) -> None:
+        """Raise if no machine can run a job: Ray would wait for one for ever."""
+        machines = [node["Resources"] for node in self.ray.nodes() if node["Alive"]]
+        for option, resource in (("cpus", "CPU"), ("gpus", "GPU")):
+            asked = self.resources[f"num_{option}"]
+            largest = max((machine.get(resource, 0) for machine in machines), default=0)
+            if asked > largest:
+                msg = f"{option} {asked} a job: no machine of the cluster has more than {largest:g}. Give --{option}."
+                raise ArgumentError(msg)
 
     def _collect(self, reference: Any, job: Job, folder: Path) -> dict[str, Any]:  # noqa: ANN401 - Ray's own type
         try:
@@ -150,14 +162,14 @@ def _set_environment(variables: Mapping[str, str]) -> Iterator[None]:
         os.environ.update(before)
 
 
-def _work(values: dict[str, Any], folder: str, sender: Connection) -> None:
+def _work(values: dict[str, Any], folder: Path, training: Path | None, sender: Connection) -> None:
     """Run a job in a new process."""
     threading.Thread(target=_end_with_parent, daemon=True).start()
-    with (Path(folder) / LOG).open("w", encoding="utf-8") as log:
+    with (folder / LOG).open("w", encoding="utf-8") as log:
         for stream in (1, 2):  # what libraries write past Python, and what they hold from their import, too
             os.dup2(log.fileno(), stream)
-        job = Job.from_dict(values)
-        sender.send(("result", _attempt(job, Path(folder), lambda *news: sender.send(("progress", *news)))))
+        task = Task(Job.from_dict(values), folder, training)
+        sender.send(("result", _attempt(task, lambda *news: sender.send(("progress", *news)))))
 
 
 def _end_with_parent() -> None:
@@ -171,17 +183,17 @@ def _end_with_parent() -> None:
 def _work_remotely(values: dict[str, Any], environment: dict[str, str]) -> tuple[dict[str, Any], dict[str, bytes]]:
     """Run a job on another machine; return its result, and the contents of the files that it made."""
     with TemporaryDirectory(prefix="anomalib-dskd-") as folder:
-        record = LocalRunner(environment, lambda *_: None).run_one(Job.from_dict(values), Path(folder))
+        record = LocalRunner(environment, lambda *_: None).run_one(Task(Job.from_dict(values), Path(folder)))
         return record, {file.name: file.read_bytes() for file in Path(folder).iterdir()}
 
 
-def _attempt(job: Job, folder: Path, report: Callable[[float, str], None]) -> dict[str, Any]:
+def _attempt(task: Task, report: Callable[[float, str], None]) -> dict[str, Any]:
     started = now()
     try:
-        return run_job(job, folder, report)
+        return run_job(task.job, task.folder, report, task.training)
     except Exception as error:  # whatever a foreign model raises is a row in the report
         traceback.print_exc()
-        return failure(job, f"{type(error).__name__}: {error}", started)
+        return failure(task.job, f"{type(error).__name__}: {error}", started)
 
 
 def _death(exit_code: int | None, folder: Path) -> str:

@@ -5,9 +5,10 @@ import time
 
 import pytest
 
-from anomalib_dskd.benchmark.config import BenchmarkConfig, DatasetSpec, Measurements, ModelSpec, expand
+from anomalib_dskd.benchmark.config import BenchmarkConfig, DatasetSpec, Measurements, ModelSpec, Task, expand
 from anomalib_dskd.benchmark.hub_cache import describe_weights, environment, write_hub_cache
 from anomalib_dskd.benchmark.runners import RayRunner
+from anomalib_dskd.errors import ArgumentError
 from tests.conftest import TEACHER
 
 pytestmark = [
@@ -46,9 +47,9 @@ def test_jobs_of_a_lost_machine_are_done_on_another(cluster, magnetic_tile_root,
         measure=Measurements(speed=False),
     )
     write_hub_cache(config.weights, tmp_path / "weights")
-    jobs = [(job, tmp_path / job.id) for job in expand(config, describe_weights(config.weights))]
-    for _, folder in jobs:
-        folder.mkdir()
+    tasks = [Task(job, tmp_path / job.id) for job in expand(config, describe_weights(config.weights))]
+    for task in tasks:
+        task.folder.mkdir()
 
     def lose_a_machine():
         while ray.available_resources().get("CPU", 0) > 0:  # until both have a job
@@ -59,10 +60,17 @@ def test_jobs_of_a_lost_machine_are_done_on_another(cluster, magnetic_tile_root,
     killer = threading.Thread(target=lose_a_machine)
     killer.start()
     runner = RayRunner(environment(tmp_path / "weights"), lambda *_: None, cpus=1)
-    records = list(runner.run(jobs))
+    records = list(runner.run(tasks))
     killer.join()
     assert sorted(record["seed"] for record in records) == [0, 1, 2]
     assert [record["reason"] for record in records] == [None] * 3
     assert len(made.worker_nodes) == 1
-    for job, folder in jobs:
-        assert (folder / "predictions.npz").is_file(), job.title
+    for task in tasks:
+        assert (task.folder / "predictions.npz").is_file(), task.job.title
+
+
+@pytest.mark.usefixtures("cluster")
+def test_a_job_that_fits_no_machine_is_refused():
+    runner = RayRunner({}, lambda *_: None, cpus=3)
+    with pytest.raises(ArgumentError, match="cpus 3 a job: no machine of the cluster has more than 1. Give --cpus"):
+        list(runner.run([]))

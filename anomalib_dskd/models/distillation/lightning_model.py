@@ -68,6 +68,8 @@ class DistillationMixin(Base):
     """How they are trained."""
     training_only: ClassVar[frozenset[str]] = TRAINING_ONLY
     """Arguments that a trained model's results do not depend on any more."""
+    map_only: ClassVar[frozenset[str]] = frozenset({"sigma"})
+    """Arguments that the training does not depend on: a benchmark trains once for models that differ in these alone."""
 
     @abstractmethod
     def compute_losses(self, batch: ImageBatch) -> dict[str, Tensor]:

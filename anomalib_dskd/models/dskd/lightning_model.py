@@ -85,6 +85,7 @@ class Dskd(DistillationMixin, AnomalibModule):
 
     model: DskdModel
     training_only: ClassVar[frozenset[str]] = DistillationMixin.training_only | {"embedding_gradient"}
+    map_only: ClassVar[frozenset[str]] = DistillationMixin.map_only | {"map_layers", "map_pair"}
 
     def __init__(
         self,

@@ -1,11 +1,15 @@
 import dataclasses
 
+import numpy as np
 import pytest
 
 from anomalib_dskd.benchmark import run_job
 from anomalib_dskd.benchmark.config import BenchmarkConfig, DatasetSpec, ModelSpec, expand
 from anomalib_dskd.benchmark.machine import machine
+from anomalib_dskd.benchmark.run_benchmark import _tasks
+from anomalib_dskd.benchmark.run_folder import RunFolder
 from anomalib_dskd.errors import ArgumentError
+from tests.conftest import TEACHER
 
 
 @pytest.fixture
@@ -79,6 +83,61 @@ def test_every_model_gets_the_size_in_its_own_way(job, class_path, size_in):
 def test_models_that_cannot_be_built_are_refused(job, class_path, init_args, message):
     with pytest.raises(ArgumentError, match=f"(?s){message}"):
         run_job.check_job(dataclasses.replace(job, class_path=class_path, init_args=init_args))
+
+
+@pytest.fixture
+def tiny_job(job, teacher_weights):
+    arguments = {"teacher": TEACHER, "teacher_weights": str(teacher_weights), "sigma": 2.0}
+    return dataclasses.replace(
+        job, init_args=arguments, image_size=(64, 64), measure={"speed": False, "int8": False, "seconds": 1}
+    )
+
+
+def with_arguments(job, **arguments):
+    return dataclasses.replace(job, init_args={**job.init_args, **arguments})
+
+
+def test_jobs_share_a_training_where_it_is_the_same(job):
+    same = [job, with_arguments(job, map_layers=[2]), with_arguments(job, map_pair="E-D", sigma=1.0)]
+    other = [
+        with_arguments(job, losses="decoder"),
+        with_arguments(job, l2_weight=0.2),
+        dataclasses.replace(job, seed=1),
+        dataclasses.replace(job, epochs=2),
+        dataclasses.replace(job, precision="bf16-mixed"),
+    ]
+    assert len({run_job.training_id(one) for one in same}) == 1
+    assert len({run_job.training_id(one) for one in [job, *other]}) == 6
+    assert run_job.training_id(dataclasses.replace(job, class_path="anomalib.models.Padim")) is None
+
+
+def test_only_a_training_that_is_shared_is_kept(job, tmp_path):
+    alone, first, second = with_arguments(job, losses="decoder"), job, with_arguments(job, map_layers=[2])
+    with RunFolder(tmp_path / "run", "config") as folder:
+        tasks = _tasks([alone, first, second], set(), folder)
+        assert tasks[0].training is None
+        assert tasks[1].training == tasks[2].training == folder.training(run_job.training_id(first))
+        left = _tasks([alone, first, second], {first.id}, folder)  # of which one was done before a kill
+    assert [(task.job, task.training) for task in left] == [(alone, None), (second, tasks[1].training)]
+
+
+@pytest.mark.filterwarnings("ignore")  # the libraries' own
+def test_a_shared_training_gives_what_a_training_of_its_own_gives(tiny_job, tmp_path):
+    other_map = with_arguments(tiny_job, map_layers=[2])
+    records = {}
+    for name, job, training in (
+        ("whole", tiny_job, tmp_path / "trainings" / "shared.pt"),
+        ("shared", other_map, tmp_path / "trainings" / "shared.pt"),
+        ("alone", other_map, None),
+    ):
+        (tmp_path / name).mkdir()
+        records[name] = run_job.run_job(job, tmp_path / name, lambda *_: None, training)
+    assert records["shared"]["training"] == records["whole"]["training"]
+    assert records["shared"]["cost"]["trained_parameters"] == records["alone"]["cost"]["trained_parameters"] > 0
+    assert records["shared"]["figures"] == pytest.approx(records["alone"]["figures"], abs=1e-6)
+    assert records["shared"]["figures"] != pytest.approx(records["whole"]["figures"], abs=1e-3)
+    maps = [np.load(tmp_path / name / "predictions.npz")["maps"] for name in ("shared", "alone")]
+    np.testing.assert_allclose(*maps, atol=1e-3)  # they are kept in 16 bits
 
 
 def test_a_machine_is_described():
