@@ -36,6 +36,7 @@ from anomalib_dskd.models.distillation.arguments import (
 )
 from anomalib_dskd.models.distillation.torch_model import DistillationModel
 from anomalib_dskd.pre_processing import create_pre_processor
+from anomalib_dskd.quantization import calibration_images, quantize_file
 from anomalib_dskd.weights import find_teacher_weights
 
 __all__ = ["DistillationMixin", "seeded"]
@@ -233,16 +234,42 @@ class DistillationMixin(Base):
         kwargs.setdefault("opset_version", ONNX_OPSET)
         return super().to_onnx(*args, **kwargs)
 
-    def to_openvino(self, export_root: Path | str, **kwargs: Any) -> Path:  # type: ignore[override] # noqa: ANN401
-        """Export as anomalib does, once trained, and not with quantised activations: those lose the score."""
-        compression_type = kwargs.get("compression_type")
-        if compression_type in {CompressionType.INT8_PTQ, CompressionType.INT8_ACQ}:
+    def to_openvino(  # type: ignore[override]
+        self,
+        export_root: Path | str,
+        *,
+        compression_type: CompressionType | None = None,
+        datamodule: AnomalibDataModule | None = None,
+        **kwargs: Any,  # noqa: ANN401 - passed on
+    ) -> Path:
+        """Export as anomalib does, once trained; ``int8_ptq`` quantises the networks and not the anomaly map.
+
+        Args:
+            export_root: folder of the results.
+            compression_type: none, ``fp16`` and ``int8`` (weights alone), or ``int8_ptq`` (activations too).
+            datamodule: training images for ``int8_ptq``.
+            **kwargs: anomalib's, such as ``input_size``.
+
+        Returns:
+            The model's ``.xml`` file.
+
+        Raises:
+            ArgumentError: the compression is not known to work, or has no images to work with.
+        """
+        if compression_type == CompressionType.INT8_ACQ:
             msg = (
-                f"compression_type {str(compression_type)!r} makes the scores of this model useless, since it "
-                "quantises the anomaly map too. Legal are none, 'fp16' and 'int8' (weights alone)."
+                "compression_type 'int8_acq' wants defects to check the accuracy on, and quantises the anomaly map "
+                "too. Legal are none, 'fp16', 'int8' (weights alone) and 'int8_ptq' (activations too)."
             )
             raise ArgumentError(msg)
-        return super().to_openvino(export_root, **kwargs)
+        if compression_type != CompressionType.INT8_PTQ:
+            return super().to_openvino(export_root, compression_type=compression_type, datamodule=datamodule, **kwargs)
+        if datamodule is None:
+            msg = "compression_type 'int8_ptq' needs training images: give --data and its arguments, or a datamodule."
+            raise ArgumentError(msg)
+        path = super().to_openvino(export_root, **kwargs)
+        quantize_file(path, calibration_images(datamodule, kwargs.get("input_size")))
+        return path
 
     def _require_training(self, purpose: str) -> None:
         if not self.model.is_trained:

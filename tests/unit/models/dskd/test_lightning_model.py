@@ -8,7 +8,6 @@ import numpy as np
 import pytest
 import torch
 from anomalib.data import ImageBatch
-from anomalib.deploy import CompressionType
 from anomalib.engine import Engine
 from anomalib.models import get_model, list_models
 from anomalib.pre_processing import PreProcessor
@@ -358,13 +357,6 @@ def test_training_that_would_end_without_a_result_is_refused(
         warnings.simplefilter("ignore")
         with pytest.raises(ArgumentError, match=message):
             engine(tmp_path, **trainer).fit(tiny_model, datamodule=MagneticTile(magnetic_tile_root))
-
-
-@pytest.mark.parametrize("compression_type", [CompressionType.INT8_PTQ, CompressionType.INT8_ACQ])
-def test_quantised_activations_are_refused(trained, tmp_path, compression_type):
-    model, _ = trained
-    with pytest.raises(ArgumentError, match="useless.* Legal are none, 'fp16' and 'int8'"):
-        engine(tmp_path).export(model, "openvino", compression_type=compression_type)
 
 
 def test_normalisation_of_another_teacher_is_refused():

@@ -1,0 +1,115 @@
+"""OpenVINO models whose networks compute in 8 bits, and whose anomaly map does not.
+
+anomalib's own ``int8_ptq`` quantises the map's arithmetic too, where ``1 - cos`` of good pixels is smaller than a step
+of 8 bits, so that the score is the same for every image; and it calibrates on validation images, defects among them.
+This is the one place that does it otherwise; ``tests/integration/test_quantization.py`` tells when that is no longer
+needed.
+"""
+
+from collections.abc import Iterable, Iterator
+from pathlib import Path
+from tempfile import TemporaryDirectory
+from typing import TYPE_CHECKING, cast
+
+import torch
+from anomalib.data import AnomalibDataModule
+from numpy.typing import NDArray
+from torch.nn import functional as F  # noqa: N812
+
+from anomalib_dskd.errors import ArgumentError
+
+if TYPE_CHECKING:
+    import openvino
+
+__all__ = ["CALIBRATION_IMAGES", "calibration_images", "map_operations", "quantize_file", "quantize_networks"]
+
+CALIBRATION_IMAGES = 300  # NNCF's own default; more did not change the figures
+
+
+def quantize_networks(model: "openvino.Model", images: Iterable[NDArray]) -> "openvino.Model":
+    """Quantise weights and activations of the networks, and leave the anomaly map in floating point.
+
+    Args:
+        model: an exported detector.
+        images: each ``(1, 3, H, W)`` as the model takes it; no defects need be among them.
+
+    Returns:
+        The quantised model.
+
+    Raises:
+        ArgumentError: the model has no anomaly map of cosines.
+    """
+    import nncf  # noqa: PLC0415 - an extra
+
+    return cast(
+        "openvino.Model",
+        nncf.quantize(
+            model,
+            nncf.Dataset(list(images)),
+            subset_size=CALIBRATION_IMAGES,
+            preset=nncf.QuantizationPreset.MIXED,
+            ignored_scope=nncf.IgnoredScope(names=map_operations(model)),
+        ),
+    )
+
+
+def quantize_file(path: Path, images: Iterable[NDArray]) -> None:
+    """Put the quantised model in the place of an exported one.
+
+    Args:
+        path: ``.xml`` file, with a ``.bin`` file of the weights beside it.
+        images: see :func:`quantize_networks`.
+    """
+    import openvino  # noqa: PLC0415 - an extra
+
+    with TemporaryDirectory(dir=path.parent) as folder:
+        model = quantize_networks(openvino.Core().read_model(path), images)
+        openvino.save_model(model, Path(folder) / path.name, compress_to_fp16=False)
+        del model  # it may still read the file of weights that is replaced
+        for suffix in (".bin", ".xml"):
+            (Path(folder) / path.with_suffix(suffix).name).replace(path.with_suffix(suffix))
+
+
+def map_operations(model: "openvino.Model") -> list[str]:
+    """Return the names of the operations between the networks' features and the outputs.
+
+    They are what one meets on the way back from the outputs, up to the features: those are what norms are taken of.
+
+    Raises:
+        ArgumentError: no norms are met.
+    """
+    found: set[str] = set()
+    features: set[str] = set()
+    waiting = [result.input_value(0).get_node() for result in model.get_results()]
+    while waiting:
+        operation = waiting.pop()
+        name = operation.get_friendly_name()
+        if name in found or name in features:
+            continue
+        consumers = [target.get_node() for output in operation.outputs() for target in output.get_target_inputs()]
+        if any(consumer.get_type_name() == "ReduceL2" for consumer in consumers):
+            features.add(name)
+            continue
+        found.add(name)
+        waiting.extend(value.get_node() for value in operation.input_values())
+    if not features:
+        msg = "the model has no cosine between features, so that nothing tells its networks from its anomaly map."
+        raise ArgumentError(msg)
+    types = {operation.get_friendly_name(): operation.get_type_name() for operation in model.get_ops()}
+    return sorted(name for name in found if types[name] not in {"Constant", "Parameter", "Result"})
+
+
+def calibration_images(data: AnomalibDataModule, size: tuple[int, int] | None) -> Iterator[NDArray]:
+    """Yield training images ``(1, 3, H, W)`` in [0, 1], drawn at random from a fixed seed.
+
+    Args:
+        data: its training images are good ones.
+        size: height and width to resize to, as the exported model would; as they are if there is none.
+    """
+    data.setup("fit")
+    order = torch.randperm(len(data.train_data), generator=torch.Generator().manual_seed(0))
+    for index in order[:CALIBRATION_IMAGES].tolist():
+        image = torch.as_tensor(data.train_data[index].image)[None]  # (1, 3, H, W)
+        if size is not None and image.shape[-2:] != size:
+            image = F.interpolate(image, size=size, mode="bilinear")
+        yield image.numpy()

@@ -1,0 +1,115 @@
+"""8-bit exports of a small model that has learnt a little: what they score, and what computes in 8 bits."""
+
+import nncf
+import numpy as np
+import openvino
+import pytest
+import torch
+from anomalib.deploy import CompressionType
+from anomalib.engine import Engine
+
+from anomalib_dskd import Dskd, MagneticTile
+from anomalib_dskd.errors import ArgumentError
+from anomalib_dskd.quantization import calibration_images, map_operations
+from tests.conftest import TEACHER
+
+pytestmark = pytest.mark.filterwarnings("ignore")  # the libraries' own, in training and export
+SIZE = (64, 64)
+F32 = {"INFERENCE_PRECISION_HINT": "f32"}
+
+
+@pytest.fixture(scope="module")
+def data(magnetic_tile_root) -> MagneticTile:
+    return MagneticTile(magnetic_tile_root, train_batch_size=4)
+
+
+@pytest.fixture(scope="module")
+def model(data, teacher_weights, tmp_path_factory) -> Dskd:
+    model = Dskd(teacher=TEACHER, teacher_weights=teacher_weights, image_size=64, sigma=2.0, seed=0, visualizer=False)
+    root = tmp_path_factory.mktemp("training")
+    Engine(default_root_dir=root, max_epochs=10, check_val_every_n_epoch=10, accelerator="cpu", logger=False).fit(
+        model, datamodule=data
+    )
+    model.post_processor.enable_normalization = False  # it clamps what is compared here
+    return model
+
+
+@pytest.fixture(scope="module")
+def f32(model, tmp_path_factory) -> openvino.Model:
+    return openvino.Core().read_model(model.to_openvino(tmp_path_factory.mktemp("f32"), input_size=SIZE))
+
+
+@pytest.fixture(scope="module")
+def int8(model, data, tmp_path_factory) -> openvino.Model:
+    folder = tmp_path_factory.mktemp("int8")
+    path = model.to_openvino(folder, input_size=SIZE, compression_type=CompressionType.INT8_PTQ, datamodule=data)
+    assert sorted(file.name for file in path.parent.iterdir()) == ["model.bin", "model.xml"]
+    return openvino.Core().read_model(path)
+
+
+def predict(network: openvino.Model, images: list[np.ndarray]) -> tuple[np.ndarray, np.ndarray]:
+    compiled = openvino.Core().compile_model(network, "CPU", F32)
+    results = [compiled(image) for image in images]
+    scores = np.array([result["pred_score"].item() for result in results])
+    return scores, np.concatenate([result["anomaly_map"] for result in results])
+
+
+def test_scores_in_8_bits_are_those_in_32(f32, int8, data):
+    data.setup("test")
+    images = [
+        torch.nn.functional.interpolate(torch.as_tensor(item.image)[None], SIZE).numpy() for item in data.test_data
+    ]
+    expected_scores, expected_maps = predict(f32, images)
+    scores, maps = predict(int8, images)
+    assert len(set(scores.round(6))) == len(images)  # not one score for all
+    assert np.abs(scores - expected_scores).max() < 0.1 * np.ptp(expected_scores)
+    assert np.corrcoef(maps.ravel(), expected_maps.ravel())[0, 1] > 0.99
+
+
+def test_networks_are_quantised_and_the_map_is_not(int8):
+    in_map = set(map_operations(int8))
+    kinds = {operation.get_friendly_name(): operation.get_type_name() for operation in int8.get_ops()}
+    assert {kinds[name] for name in in_map} >= {"ReduceL2", "Divide", "Interpolate"}
+    assert "FakeQuantize" not in {kinds[name] for name in in_map}
+    convolutions = [operation for operation in int8.get_ops() if operation.get_type_name() == "Convolution"]
+    of_networks = [operation for operation in convolutions if operation.get_friendly_name() not in in_map]
+    assert len(of_networks) > 20
+    assert {operation.input_value(0).get_node().get_type_name() for operation in of_networks} == {"FakeQuantize"}
+
+
+def test_plain_quantisation_still_spoils_the_map(f32, int8, data):
+    """Fails when the map can be quantised as well, and ``map_operations`` is no longer needed."""
+    images = list(calibration_images(data, SIZE))
+    plain = nncf.quantize(f32.clone(), nncf.Dataset(images))
+    expected, ours, theirs = (predict(network, images)[1] for network in (f32, int8, plain))
+    assert np.abs(theirs - expected).mean() > 2 * np.abs(ours - expected).mean()
+
+
+def test_calibration_sees_training_images_alone(data):
+    data.setup("fit")
+    images = list(calibration_images(data, SIZE))
+    assert len(images) == len(data.train_data) == 8
+    assert {image.shape for image in images} == {(1, 3, *SIZE)}
+    means = sorted(image.mean() for image in images)
+    expected = sorted(
+        torch.nn.functional.interpolate(torch.as_tensor(item.image)[None], SIZE, mode="bilinear").mean().item()
+        for item in data.train_data
+    )
+    np.testing.assert_allclose(means, expected, rtol=1e-6)
+
+
+def test_quantisation_without_images_is_refused(model, tmp_path):
+    with pytest.raises(ArgumentError, match="'int8_ptq' needs training images: give --data"):
+        model.to_openvino(tmp_path, compression_type=CompressionType.INT8_PTQ)
+
+
+def test_accuracy_control_is_refused(model, data, tmp_path):
+    with pytest.raises(ArgumentError, match="'int8_acq' wants defects .* Legal are none, 'fp16', 'int8'"):
+        model.to_openvino(tmp_path, compression_type=CompressionType.INT8_ACQ, datamodule=data)
+
+
+def test_a_network_without_cosines_is_refused():
+    parameter = openvino.opset13.parameter([1, 3, 8, 8], np.float32)
+    network = openvino.Model([openvino.opset13.relu(parameter)], [parameter])
+    with pytest.raises(ArgumentError, match="has no cosine between features"):
+        map_operations(network)
