@@ -10,7 +10,7 @@ from torchvision.transforms.v2 import Compose, Normalize, Resize
 
 from anomalib_dskd.errors import ArgumentError
 
-__all__ = ["check_normalisation", "create_pre_processor"]
+__all__ = ["check_normalisation", "create_pre_processor", "normalisation"]
 
 
 def create_pre_processor(teacher: str, image_size: tuple[int, int]) -> PreProcessor:
@@ -23,7 +23,7 @@ def create_pre_processor(teacher: str, image_size: tuple[int, int]) -> PreProces
         teacher: timm model name.
         image_size: height and width in pixels.
     """
-    mean, std = _normalisation(teacher)
+    mean, std = normalisation(teacher)
     return PreProcessor(transform=Compose([Resize(image_size, antialias=False), Normalize(mean=mean, std=std)]))
 
 
@@ -33,7 +33,7 @@ def check_normalisation(pre_processor: PreProcessor, teacher: str) -> None:
     Raises:
         ArgumentError: its ``Normalize`` has another mean or standard deviation.
     """
-    legal = [list(values) for values in _normalisation(teacher)]
+    legal = [list(values) for values in normalisation(teacher)]
     for transform in extract_transforms_by_type(pre_processor.transform, Normalize):
         given = [list(transform.mean), list(transform.std)]
         if given != legal:
@@ -44,6 +44,11 @@ def check_normalisation(pre_processor: PreProcessor, teacher: str) -> None:
             raise ArgumentError(msg)
 
 
-def _normalisation(teacher: str) -> tuple[Sequence[float], Sequence[float]]:
+def normalisation(teacher: str) -> tuple[Sequence[float], Sequence[float]]:
+    """Return the mean and deviation, one a channel, of the images that a timm model was trained with.
+
+    >>> normalisation("tf_efficientnet_lite0")
+    ((0.5, 0.5, 0.5), (0.5, 0.5, 0.5))
+    """
     cfg = get_pretrained_cfg(teacher)
     return (cfg.mean, cfg.std) if cfg is not None else (IMAGENET_DEFAULT_MEAN, IMAGENET_DEFAULT_STD)

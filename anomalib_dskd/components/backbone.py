@@ -26,8 +26,12 @@ class FeatureLevel(NamedTuple):
     """Whether the features take negative values: a student that ends in a ReLU could not match them."""
 
 
-def check_teacher(teacher: str) -> None:
+def check_teacher(teacher: str, *, role: str = "teacher") -> None:
     """Raise an error with the nearest legal names unless timm knows ``teacher``, with its tag if it has one.
+
+    Args:
+        teacher: timm model name.
+        role: what an error calls the model.
 
     Raises:
         ArgumentError: unknown architecture or unknown pretrained tag.
@@ -37,13 +41,13 @@ def check_teacher(teacher: str) -> None:
         near = difflib.get_close_matches(architecture, timm.list_models(), n=5)
         hint = f" Did you mean {', '.join(map(repr, near))}?" if near else ""
         msg = (
-            f"teacher {teacher!r} is not a timm model.{hint} "
+            f"{role} {teacher!r} is not a timm model.{hint} "
             "Legal are the backbones that `timm.list_models()` lists, such as 'resnet18.tv_in1k'."
         )
         raise ArgumentError(msg)
     tags = [name.partition(".")[2] for name in timm.list_pretrained(f"{architecture}.*")]
     if tag and tag not in tags:
-        msg = f"teacher {teacher!r}: timm has no pretrained tag {tag!r} for {architecture!r}. Legal tags: {tags}."
+        msg = f"{role} {teacher!r}: timm has no pretrained tag {tag!r} for {architecture!r}. Legal tags: {tags}."
         raise ArgumentError(msg)
 
 
@@ -66,14 +70,15 @@ class Backbone(nn.Module):
     Args:
         name: timm model that supports ``features_only``.
         layers: indices into timm's feature levels (``out_indices``), increasing.
+        role: what an error calls the network.
 
     Raises:
         ArgumentError: unknown model, model without ``features_only``, or layers out of range.
     """
 
-    def __init__(self, name: str, layers: Sequence[int]) -> None:
+    def __init__(self, name: str, layers: Sequence[int], *, role: str = "teacher") -> None:
         super().__init__()
-        check_teacher(name)
+        check_teacher(name, role=role)
         self.name = name
         self.layers = tuple(layers)
         cfg = get_pretrained_cfg(name)
@@ -81,7 +86,7 @@ class Backbone(nn.Module):
             cfg.input_size[1:] if cfg is not None and cfg.fixed_input_size else None
         )
         with torch.inference_mode(False), torch.enable_grad():  # the probe needs gradients, wherever it is made
-            self.network = _create_features(name, self.layers)
+            self.network = _create_features(name, self.layers, role)
             self.channels_last = getattr(self.network, "output_fmt", "NCHW") == "NHWC"
             self.levels = self._probe_and_prune()
 
@@ -120,16 +125,16 @@ class Backbone(nn.Module):
             return False
 
 
-def _create_features(name: str, layers: tuple[int, ...]) -> nn.Module:
+def _create_features(name: str, layers: tuple[int, ...], role: str) -> nn.Module:
     try:
         levels = len(timm.create_model(name, pretrained=False, features_only=True).feature_info)  # type: ignore[arg-type]
     except (AttributeError, RuntimeError) as error:
-        msg = f"teacher {name!r} does not support timm's `features_only`: {error}. Choose another backbone."
+        msg = f"{role} {name!r} does not support timm's `features_only`: {error}. Choose another backbone."
         raise ArgumentError(msg) from error
     legal = layers and all(0 <= layer < levels for layer in layers) and list(layers) == sorted(set(layers))
     if not legal:
         msg = (
-            f"layers {list(layers)} do not fit teacher {name!r}: it has {levels} feature levels. "
+            f"layers {list(layers)} do not fit {role} {name!r}: it has {levels} feature levels. "
             f"Give one or more increasing indices from 0 to {levels - 1}, such as [1, 2, 3]."
         )
         raise ArgumentError(msg)

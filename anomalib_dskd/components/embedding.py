@@ -9,8 +9,9 @@ from torch import Tensor, nn
 
 from anomalib_dskd.components.backbone import FeatureLevel
 from anomalib_dskd.components.residual import ResidualBlock, conv_block, match_size
+from anomalib_dskd.errors import ArgumentError
 
-__all__ = ["DeepFeatureEmbedding", "DirectEmbedding", "embedding_channels"]
+__all__ = ["DeepFeatureEmbedding", "DirectEmbedding", "embedding_channels", "reduction"]
 
 
 def embedding_channels(levels: Sequence[FeatureLevel]) -> int:
@@ -28,11 +29,17 @@ class DeepFeatureEmbedding(nn.Module):
         levels: feature levels of the encoder student, shallow to deep.
         blocks: residual blocks behind the concatenation; the first has stride 2 and a 1x1 convolution in its
             shortcut. The paper's Table 6 (39.3 M parameters) fits two.
+
+    Raises:
+        ArgumentError: no blocks.
     """
 
     def __init__(self, levels: Sequence[FeatureLevel], blocks: int = 2) -> None:
         super().__init__()
-        self.reductions = nn.ModuleList(_reduction(levels[index:]) for index in range(len(levels)))
+        if blocks < 1:
+            msg = f"embedding_blocks {blocks} must be 1 or larger."
+            raise ArgumentError(msg)
+        self.reductions = nn.ModuleList(reduction(levels[index:]) for index in range(len(levels)))
         width = embedding_channels(levels)
         self.residual = nn.Sequential(
             ResidualBlock.down(len(levels) * levels[-1].channels, width),
@@ -43,8 +50,7 @@ class DeepFeatureEmbedding(nn.Module):
         """Map the levels, each ``(B, C_k, H_k, W_k)``, to ``(B, 2 C_K, ceil(H_K / 2), ceil(W_K / 2))``."""
         height, width = features[-1].shape[-2:]
         reduced = [
-            match_size(reduction(level), height, width)
-            for reduction, level in zip(self.reductions, features, strict=True)
+            match_size(reduce(level), height, width) for reduce, level in zip(self.reductions, features, strict=True)
         ]
         embedded: Tensor = self.residual(torch.cat(reduced, dim=1))  # (B, K * C_K, H_K, W_K)
         return embedded
@@ -63,8 +69,8 @@ class DirectEmbedding(nn.Module):
         return embedded
 
 
-def _reduction(levels: Sequence[FeatureLevel]) -> nn.Sequential:
-    """Convolutions from the first of ``levels`` to the size and width of the last."""
+def reduction(levels: Sequence[FeatureLevel]) -> nn.Sequential:
+    """Return convolutions from the first of ``levels`` to the size and width of the last; none if there is but one."""
     stages: list[nn.Module] = []
     for level, deeper in itertools.pairwise(levels):
         halvings = round(math.log2(deeper.stride / level.stride))

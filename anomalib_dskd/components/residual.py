@@ -58,10 +58,10 @@ class ResidualBlock(nn.Module):
         return cls(entry, nn.Identity(), channels, signed=signed)
 
     @classmethod
-    def down(cls, in_channels: int, channels: int) -> Self:
-        """Build a block that halves the size; the shortcut is a 1x1 convolution with stride 2."""
-        entry = WideConv2d(in_channels, channels, kernel_size=3, stride=2, padding=1)
-        shortcut = WideConv2d(in_channels, channels, kernel_size=1, stride=2)
+    def down(cls, in_channels: int, channels: int, *, stride: int = 2) -> Self:
+        """Build a block that halves the size, or keeps it with stride 1; the shortcut is a 1x1 convolution."""
+        entry = WideConv2d(in_channels, channels, kernel_size=3, stride=stride, padding=1)
+        shortcut = WideConv2d(in_channels, channels, kernel_size=1, stride=stride)
         return cls(entry, nn.Sequential(shortcut, nn.BatchNorm2d(channels)), channels)
 
     @classmethod

@@ -1,7 +1,7 @@
 """What the detectors have in common as anomalib models: training, evaluation and export."""
 
 from abc import abstractmethod
-from collections.abc import Iterator, Mapping, Sized
+from collections.abc import Callable, Iterator, Mapping, Sized
 from contextlib import contextmanager
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, ClassVar, cast
@@ -16,7 +16,7 @@ from anomalib.pre_processing import PreProcessor
 from lightning import Trainer, seed_everything
 from lightning.pytorch.trainer.states import TrainerFn
 from lightning.pytorch.utilities.types import OptimizerLRScheduler
-from torch import Tensor
+from torch import Tensor, nn
 from torch.utils.data import DataLoader
 
 from anomalib_dskd.components.batch_norm import fresh_statistics
@@ -71,6 +71,8 @@ class DistillationMixin(Base):
     """Arguments that a trained model's results do not depend on any more."""
     map_only: ClassVar[frozenset[str]] = frozenset({"sigma"})
     """Arguments that the training does not depend on: a benchmark trains once for models that differ in these alone."""
+    training_parts: ClassVar[tuple[str, ...]] = ()
+    """Attributes beside :attr:`model` that training alone needs: no export holds them."""
 
     @abstractmethod
     def compute_losses(self, batch: ImageBatch) -> dict[str, Tensor]:
@@ -160,26 +162,34 @@ class DistillationMixin(Base):
         """Pass a training batch through all that is trained."""
         self.compute_losses(batch)
 
-    @torch.no_grad()
     def _refresh_batch_norm(self) -> None:
-        """Estimate the students' batch-norm statistics from ``batch_norm_images`` training images, in random order."""
+        self.estimate_batch_norm(self.model, self.run_students)
+
+    @torch.no_grad()
+    def estimate_batch_norm(self, network: nn.Module, run: Callable[[ImageBatch], object]) -> None:
+        """Estimate batch-norm statistics anew from ``batch_norm_images`` training images, in random order.
+
+        Args:
+            network: whose statistics are estimated.
+            run: passes a training batch through it.
+        """
         loader = _training_loader(self.trainer)
         order = torch.randperm(_images(loader), generator=torch.Generator().manual_seed(0))
         chosen, size = order[: self.options.batch_norm_images].tolist(), loader.batch_size or 1
-        was_training = self.model.training
-        self.model.train()
-        with fresh_statistics(self.model), self.trainer.precision_plugin.forward_context():
+        was_training = network.training
+        network.train()
+        with fresh_statistics(network), self.trainer.precision_plugin.forward_context():
             for start in range(0, len(chosen), size):
                 batch = loader.collate_fn([loader.dataset[index] for index in chosen[start : start + size]])
                 batch = self.trainer.strategy.batch_to_device(batch)
                 if isinstance(self.pre_processor, PreProcessor):
                     self.pre_processor.on_train_batch_start(self.trainer, self, batch, 0)
-                self.run_students(_channels_last(batch))
-        self.model.train(was_training)
+                run(_channels_last(batch))
+        network.train(was_training)
 
     def configure_optimizers(self) -> OptimizerLRScheduler:
         """Return Adam (DSKD, section 4.1.2) over all but the teacher, and its schedule."""
-        trained = [parameter for parameter in self.model.parameters() if parameter.requires_grad]
+        trained = [parameter for parameter in self.parameters() if parameter.requires_grad]
         optimizer = torch.optim.Adam(
             trained,
             lr=self.options.learning_rate,
@@ -211,9 +221,10 @@ class DistillationMixin(Base):
 
     def on_validation_start(self) -> None:
         """Refuse to validate before training; within training, validate the weights as they are."""
-        self._require_training("validate")
         if self.trainer.state.fn == TrainerFn.FITTING:
             self._refresh_batch_norm()
+        else:
+            self._require_training("validate")
 
     def on_test_start(self) -> None:
         """Refuse to test before training."""
@@ -226,13 +237,15 @@ class DistillationMixin(Base):
     def to_torch(self, *args: Any, **kwargs: Any) -> Path:  # noqa: ANN401 - passed on
         """Export as anomalib does, once trained."""
         self._require_training("export")
-        return super().to_torch(*args, **kwargs)
+        with self._without_training_parts():
+            return super().to_torch(*args, **kwargs)
 
     def to_onnx(self, *args: Any, **kwargs: Any) -> Path:  # type: ignore[override] # noqa: ANN401 - passed on
         """Export as anomalib does, once trained; OpenVINO goes through here too."""
         self._require_training("export")
         kwargs.setdefault("opset_version", ONNX_OPSET)
-        return super().to_onnx(*args, **kwargs)
+        with self._without_training_parts():
+            return super().to_onnx(*args, **kwargs)
 
     def to_openvino(  # type: ignore[override]
         self,
@@ -270,6 +283,17 @@ class DistillationMixin(Base):
         path = super().to_openvino(export_root, **kwargs)
         quantize_file(path, calibration_images(datamodule, kwargs.get("input_size")))
         return path
+
+    @contextmanager
+    def _without_training_parts(self) -> Iterator[None]:
+        parts = {name: getattr(self, name) for name in self.training_parts}
+        try:
+            for name in parts:
+                setattr(self, name, None)
+            yield
+        finally:
+            for name, part in parts.items():
+                setattr(self, name, part)
 
     def _require_training(self, purpose: str) -> None:
         if not self.model.is_trained:

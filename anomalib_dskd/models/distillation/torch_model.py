@@ -2,6 +2,7 @@
 
 from abc import abstractmethod
 from collections.abc import Sequence
+from dataclasses import dataclass
 from typing import Any
 
 import torch
@@ -13,10 +14,23 @@ from anomalib_dskd.components.feature_cache import FeatureCache
 from anomalib_dskd.components.teacher import Teacher
 from anomalib_dskd.errors import ArgumentError
 
-__all__ = ["DistillationModel"]
+__all__ = ["DistillationModel", "Features"]
 
 Pyramid = Sequence[Tensor]
 """Features ``(B, C_k, H_k, W_k)``, one tensor a level."""
+
+
+@dataclass(frozen=True)
+class Features:
+    """Feature pyramids of one batch, each one ``(B, C_k, H_k, W_k)`` a level.
+
+    Attributes:
+        teacher: the teacher's, without gradient.
+        students: those of the students that are distilled from it, by name.
+    """
+
+    teacher: list[Tensor]
+    students: dict[str, list[Tensor]]
 
 
 class DistillationModel(nn.Module):
@@ -58,7 +72,7 @@ class DistillationModel(nn.Module):
         return self.anomaly_map_generator.bound(len(self.map_levels))
 
     @abstractmethod
-    def training_features(self, images: Tensor) -> Any:  # noqa: ANN401 - what the model's loss takes
+    def training_features(self, images: Tensor) -> Features:
         """Map normalised images ``(B, 3, H, W)`` to the features that the losses compare."""
 
     @abstractmethod
@@ -70,7 +84,7 @@ class DistillationModel(nn.Module):
         features: list[Tensor] = (self.teacher if self.teacher_cache is None else self.teacher_cache)(images)
         return features
 
-    def forward(self, images: Tensor) -> Any:  # noqa: ANN401 - see the docstring
+    def forward(self, images: Tensor) -> Features | InferenceBatch:
         """Map normalised images ``(B, 3, H, W)`` to features in training, to map and score in evaluation.
 
         Returns:

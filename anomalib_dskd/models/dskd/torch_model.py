@@ -1,7 +1,6 @@
 """The networks of DSKD and how their features meet (section 3, Fig. 3)."""
 
 from collections.abc import Sequence
-from dataclasses import dataclass
 from typing import Literal, get_args
 
 from torch import Tensor, nn
@@ -11,7 +10,7 @@ from anomalib_dskd.components.backbone import Backbone
 from anomalib_dskd.components.decoder import DecoderStudent
 from anomalib_dskd.components.embedding import DeepFeatureEmbedding, DirectEmbedding
 from anomalib_dskd.errors import ArgumentError
-from anomalib_dskd.models.distillation.torch_model import DistillationModel
+from anomalib_dskd.models.distillation.torch_model import DistillationModel, Features
 
 __all__ = ["DskdModel", "Embedding", "Features", "Losses", "MapPair"]
 
@@ -24,19 +23,6 @@ LOSSES_FOR_PAIR: dict[str, tuple[str, ...]] = {
     "T-E": ("both", "encoder"),
     "E-D": ("both",),
 }
-
-
-@dataclass(frozen=True)
-class Features:
-    """Feature pyramids of one batch, each one ``(B, C_k, H_k, W_k)`` a level.
-
-    Attributes:
-        teacher: the teacher's, without gradient.
-        students: those of the students that have a loss: ``encoder``, ``decoder`` or both.
-    """
-
-    teacher: list[Tensor]
-    students: dict[str, list[Tensor]]
 
 
 class DskdModel(DistillationModel):
@@ -81,7 +67,9 @@ class DskdModel(DistillationModel):
         sigma: float = 4.0,
     ) -> None:
         _check_combination(map_pair, losses, embedding_gradient=embedding_gradient)
-        _check_embedding(embedding_blocks, embedding_input)
+        if embedding_input not in get_args(Embedding):
+            msg = f"embedding_input {embedding_input!r} must be {' or '.join(map(repr, get_args(Embedding)))}."
+            raise ArgumentError(msg)
         super().__init__(teacher, layers, l2_weight=l2_weight, sigma=sigma)
         self.map_pair = map_pair
         self.losses = losses
@@ -148,15 +136,6 @@ def _check_combination(map_pair: str, losses: str, *, embedding_gradient: bool) 
             "losses 'decoder' with embedding_gradient false never trains the encoder student. "
             "Set embedding_gradient to true, or losses to 'both'."
         )
-        raise ArgumentError(msg)
-
-
-def _check_embedding(blocks: int, embedding_input: str) -> None:
-    if blocks < 1:
-        msg = f"embedding_blocks {blocks} must be 1 or larger."
-        raise ArgumentError(msg)
-    if embedding_input not in get_args(Embedding):
-        msg = f"embedding_input {embedding_input!r} must be {' or '.join(map(repr, get_args(Embedding)))}."
         raise ArgumentError(msg)
 
 

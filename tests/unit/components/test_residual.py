@@ -99,6 +99,14 @@ def test_down_adds_every_second_pixel_of_main_path_and_shortcut():
     assert block(features)[0, 0].tolist() == [[110.0, 330.0], [770.0, 0.0]]
 
 
+def test_down_of_stride_1_keeps_the_size():
+    block = settle(ResidualBlock.down(1, 1, stride=1))
+    set_center(block.main[0])
+    set_center(block.main[3], 10.0)
+    set_center(block.shortcut[0], 100.0)
+    assert block(image([[1.0, 2.0], [-3.0, 4.0]]))[0, 0].tolist() == [[110.0, 220.0], [0.0, 440.0]]
+
+
 def test_down_sees_three_by_three_pixels_in_the_main_path_and_one_in_the_shortcut():
     block = settle(ResidualBlock.down(1, 1))
     nn.init.ones_(block.main[0].weight)
