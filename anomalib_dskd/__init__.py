@@ -1,6 +1,6 @@
-"""anomalib-dskd: dual-student knowledge distillation for anomalib."""
+"""anomalib-dskd: knowledge distillation for anomalib: DSKD and its siblings."""
 
 from anomalib_dskd.data import MagneticTile, TextureDefects
-from anomalib_dskd.models import Dskd
+from anomalib_dskd.models import Afkd, Dskd
 
-__all__ = ["Dskd", "MagneticTile", "TextureDefects"]
+__all__ = ["Afkd", "Dskd", "MagneticTile", "TextureDefects"]
