@@ -1,6 +1,6 @@
 """anomalib-dskd: knowledge distillation for anomalib: DSKD and its siblings."""
 
 from anomalib_dskd.data import MagneticTile, TextureDefects
-from anomalib_dskd.models import Afkd, Dskd
+from anomalib_dskd.models import Afkd, Dskd, Dtgd
 
-__all__ = ["Afkd", "Dskd", "MagneticTile", "TextureDefects"]
+__all__ = ["Afkd", "Dskd", "Dtgd", "MagneticTile", "TextureDefects"]

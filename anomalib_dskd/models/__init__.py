@@ -2,5 +2,6 @@
 
 from anomalib_dskd.models.afkd import Afkd
 from anomalib_dskd.models.dskd import Dskd
+from anomalib_dskd.models.dtgd import Dtgd
 
-__all__ = ["Afkd", "Dskd"]
+__all__ = ["Afkd", "Dskd", "Dtgd"]

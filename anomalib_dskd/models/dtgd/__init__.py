@@ -1,0 +1,5 @@
+"""DTGD: dual-teacher guided denoising distillation."""
+
+from anomalib_dskd.models.dtgd.lightning_model import Dtgd
+
+__all__ = ["Dtgd"]
