@@ -3,5 +3,6 @@
 from anomalib_dskd.models.afkd import Afkd
 from anomalib_dskd.models.dskd import Dskd
 from anomalib_dskd.models.dtgd import Dtgd
+from anomalib_dskd.models.tad import Tad
 
-__all__ = ["Afkd", "Dskd", "Dtgd"]
+__all__ = ["Afkd", "Dskd", "Dtgd", "Tad"]

@@ -20,7 +20,7 @@ ALLOWED = {  # what may import what; `errors` may be imported by all
 
 
 def test_public_names_are_those_promised():
-    assert anomalib_dskd.__all__ == ["Afkd", "Dskd", "Dtgd", "MagneticTile", "TextureDefects"]
+    assert anomalib_dskd.__all__ == ["Afkd", "Dskd", "Dtgd", "MagneticTile", "Tad", "TextureDefects"]
     assert all(inspect.isclass(getattr(anomalib_dskd, name)) for name in anomalib_dskd.__all__)
 
 

@@ -1,0 +1,312 @@
+import copy
+import warnings
+from pathlib import Path
+
+import pytest
+import torch
+from anomalib.data import ImageBatch
+from anomalib.engine import Engine
+from lightning import Callback, Trainer
+from torch.nn.modules.batchnorm import _BatchNorm
+
+from anomalib_dskd import MagneticTile, Tad
+from anomalib_dskd.components.discrepancy import distillation_loss
+from anomalib_dskd.components.feature_cache import FeatureCache
+from anomalib_dskd.errors import ArgumentError, NotTrainedError
+from anomalib_dskd.models.tad.lightning_model import is_assistants_epoch
+from anomalib_dskd.models.tad.loss import entropy_loss, guidance_losses
+from tests.conftest import TEACHER
+
+ASSISTANT = "test_efficientnet"
+ABLATIONS = [{}, {"assistant": None}, {"inverse_weight": 0.0}, {"guidance": "equal"}]
+
+
+def build(weights: Path | str | None, **arguments) -> Tad:
+    common = {"teacher": TEACHER, "assistant": ASSISTANT, "image_size": 64, "sigma": 2.0, "seed": 0}
+    return Tad(**{**common, "teacher_weights": weights, "visualizer": False, **arguments})
+
+
+def engine(folder: Path, **arguments) -> Engine:
+    quiet = {"logger": False, "enable_progress_bar": False, "enable_model_summary": False, "barebones": False}
+    return Engine(default_root_dir=folder, accelerator="cpu", devices=1, **quiet, **arguments)
+
+
+def fit(model: Tad, root: Path, folder: Path, *, checkpoint: Path | None = None, **trainer) -> Tad:
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")
+        data = MagneticTile(root, train_batch_size=4)
+        engine(folder, **trainer).fit(model, datamodule=data, ckpt_path=checkpoint)
+    return model
+
+
+class Record(Callback):
+    """Notes, at the end of each epoch's training, what there is then; stops after one if told to."""
+
+    def __init__(self, last: int | None = None) -> None:
+        self.epochs: list[int] = []
+        self.phases: list[float] = []
+        self.trained: list[bool] = []
+        self.students: list[dict] = []
+        self.assistants: list[dict] = []
+        self.last = last
+
+    def on_train_epoch_end(self, trainer, pl_module):
+        self.epochs.append(trainer.current_epoch)
+        self.phases.append(trainer.progress_bar_metrics["phase"])
+        self.trained.append(pl_module.model.is_trained)
+        self.students.append(parameters(pl_module.model.student))
+        if pl_module.assistant is not None:
+            self.assistants.append(copy.deepcopy(pl_module.assistant.state_dict()))
+        trainer.should_stop = trainer.current_epoch == self.last
+
+
+def parameters(network: torch.nn.Module) -> dict[str, torch.Tensor]:
+    return {name: parameter.detach().clone() for name, parameter in network.named_parameters()}
+
+
+def same(first: dict, second: dict) -> bool:
+    return all(torch.equal(first[name], second[name]) for name in first)
+
+
+@pytest.fixture
+def batch() -> ImageBatch:
+    pixels = torch.rand(4, 3, 64, 64, generator=torch.Generator().manual_seed(0))
+    return ImageBatch(image=2 * pixels - 1, image_path=[f"good/{index}.png" for index in range(4)])
+
+
+def in_epoch(model: Tad, epoch: int, epochs: int = 10) -> Tad:
+    """Let a model believe that it is trained, and in which epoch."""
+    model.load_teacher_weights()
+    model.trainer = Trainer(max_epochs=epochs, accelerator="cpu", logger=False, enable_checkpointing=False)
+    model.trainer.fit_loop.epoch_progress.current.completed = epoch
+    assert model.current_epoch == epoch
+    return model.train()
+
+
+# --- phases ------------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(
+    ("epochs", "share", "expected"), [(10, 0.3, 3), (30, 0.3, 9), (2, 0.3, 1), (1, 0.3, 1), (5, 0.1, 1), (100, 0.5, 50)]
+)
+def test_assistant_has_the_first_share_of_the_epochs_and_at_least_one(epochs, share, expected):
+    phases = [is_assistants_epoch(epoch, epochs, share) for epoch in range(epochs)]
+    assert phases == [True] * expected + [False] * (epochs - expected)
+
+
+def test_each_phase_trains_its_own_network_alone(magnetic_tile_root, teacher_weights, tmp_path):
+    record = Record()
+    model = build(teacher_weights, assistant_share=0.5, batch_norm_images=8)
+    start = parameters(model.model.student)
+    fit(model, magnetic_tile_root, tmp_path, max_epochs=4, callbacks=[record])
+    assert record.phases == [1.0, 1.0, 2.0, 2.0]
+    assert record.trained == [False, False, True, True]
+    assert same(record.students[1], start)
+    assert not same(record.students[2], start)
+    assert not same(record.students[3], record.students[2])
+    assert not same(record.assistants[1], record.assistants[0])
+    assert same(record.assistants[3], record.assistants[2])
+    # between the phases, batch norm alone changes
+    changed = {
+        name.rpartition(".")[2]
+        for name, value in record.assistants[2].items()
+        if not torch.equal(value, record.assistants[1][name])
+    }
+    assert changed == {"running_mean", "running_var", "num_batches_tracked"}
+    counts = {int(norm.num_batches_tracked) for norm in model.assistant.modules() if isinstance(norm, _BatchNorm)}
+    assert counts == {2}  # two batches of four
+
+
+@pytest.mark.parametrize("last", [0, 1, 2])
+def test_an_interrupted_training_goes_on_in_the_right_phase(last, magnetic_tile_root, teacher_weights, tmp_path):
+    before, after = Record(last), Record()
+    trainer = {"max_epochs": 4, "limit_val_batches": 1}
+    first = build(teacher_weights, assistant_share=0.5)
+    fit(first, magnetic_tile_root, tmp_path / "first", callbacks=[before], **trainer)
+    checkpoint = next((tmp_path / "first").rglob("model.ckpt"))
+    second = build("gone.safetensors", assistant_share=0.5)
+    fit(second, magnetic_tile_root, tmp_path / "second", checkpoint=checkpoint, callbacks=[after], **trainer)
+    assert before.epochs + after.epochs == [0, 1, 2, 3]
+    assert before.phases + after.phases == [1.0, 1.0, 2.0, 2.0]
+    assert same(after.students[0], before.students[-1]) == (last == 0)  # the student stands still in epoch 1
+    if last == 2:
+        assert same(after.assistants[0], before.assistants[-1])
+    assert second.model.is_trained
+
+
+def test_a_checkpoint_of_the_assistants_phase_gives_no_results(magnetic_tile_root, teacher_weights, tmp_path):
+    fit(build(teacher_weights), magnetic_tile_root, tmp_path, max_epochs=4, callbacks=[Record(last=0)])
+    model = Tad.load_from_checkpoint(next(tmp_path.rglob("model.ckpt")), evaluator=False)
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")
+        with pytest.raises(NotTrainedError, match="cannot test: this Tad has not been trained"):
+            engine(tmp_path / "test").test(model, datamodule=MagneticTile(magnetic_tile_root))
+
+
+@pytest.mark.parametrize(
+    ("trainer", "share"), [({"max_epochs": 1}, 0.3), ({"max_epochs": 4}, 0.9), ({"max_steps": 4}, 0.3)]
+)
+def test_a_training_without_an_epoch_for_the_student_is_refused(
+    trainer, share, magnetic_tile_root, teacher_weights, tmp_path
+):
+    with pytest.raises(ArgumentError, match="has no end, or no epoch for the student: give --trainer.max_epochs"):
+        fit(build(teacher_weights, assistant_share=share), magnetic_tile_root, tmp_path, **trainer)
+
+
+@pytest.mark.parametrize("arguments", ABLATIONS, ids=str)
+def test_ablations_train(arguments, magnetic_tile_root, teacher_weights, tmp_path):
+    record = Record()
+    model = build(teacher_weights, **arguments)
+    start = parameters(model.model.student)
+    fit(model, magnetic_tile_root, tmp_path, max_epochs=2, limit_val_batches=0, callbacks=[record])
+    first = 2.0 if "assistant" in arguments else 1.0
+    assert record.phases == [first, 2.0]
+    assert not same(record.students[-1], start)
+    logged = {name.removeprefix("train_loss_") for name in model.trainer.callback_metrics if "train_loss_" in name}
+    expected = {"assistant", "from_teacher", "from_assistant", "entropy", "inverse"}
+    if "assistant" in arguments:
+        expected -= {"assistant", "from_assistant", "entropy"}
+    if "inverse_weight" in arguments:
+        expected -= {"inverse"}
+    if "guidance" in arguments:
+        expected -= {"entropy"}
+    assert logged == expected
+
+
+# --- losses ------------------------------------------------------------------------------------------------------
+
+
+def test_assistant_learns_the_teacher(teacher_weights, batch):
+    model = in_epoch(build(teacher_weights), 2)
+    teacher = model.model.teacher(batch.image)
+    losses = model.compute_losses(batch)
+    expected = distillation_loss(teacher, model._assist(batch, teacher), l2_weight=0.0)
+    assert {name: loss.item() for name, loss in losses.items()} == pytest.approx({"assistant": expected.item()})
+
+
+def test_losses_of_the_student_are_those_of_both_paths(teacher_weights, batch):
+    model = in_epoch(build(teacher_weights, entropy_weight=0.2, inverse_weight=0.7), 3)
+    torch.nn.init.normal_(model.attention.queries[0].weight)
+    model.assistant.eval()
+    losses = model.compute_losses(batch)
+    teacher, student = model.model.teacher(batch.image), model.model.student(batch.image)
+    guides = [teacher, model._assist(batch, teacher)]
+    weights = model.attention(student, guides)
+    damaged, masks = model.pseudo_defects(batch.image, batch.image_path, epoch=3)
+    from_teacher, from_assistant = guidance_losses(student, guides, weights)
+    expected = {
+        "from_teacher": from_teacher,
+        "from_assistant": from_assistant,
+        "entropy": 0.2 * entropy_loss(weights),
+        "inverse": 0.7 * distillation_loss(teacher, model.model.student(damaged), l2_weight=0.0),
+    }
+    assert masks.flatten(1).any(dim=1).all()
+    assert {name: loss.item() for name, loss in losses.items()} == pytest.approx(
+        {name: loss.item() for name, loss in expected.items()}, abs=1e-6
+    )
+    assert losses["entropy"] > 0
+
+
+def test_without_assistant_the_teacher_has_all_the_weight(teacher_weights, batch):
+    model = in_epoch(build(teacher_weights, assistant=None, inverse_weight=0.0), 0)
+    losses = model.compute_losses(batch)
+    teacher, student = model.model.teacher(batch.image), model.model.student(batch.image)
+    expected = distillation_loss(teacher, student, l2_weight=0.0).item()
+    assert {name: loss.item() for name, loss in losses.items()} == pytest.approx({"from_teacher": expected}, abs=1e-6)
+
+
+def test_equal_guidance_weighs_both_alike(teacher_weights, batch):
+    model = in_epoch(build(teacher_weights, guidance="equal", inverse_weight=0.0), 3)
+    model.assistant.eval()
+    losses = model.compute_losses(batch)
+    teacher, student = model.model.teacher(batch.image), model.model.student(batch.image)
+    guides = {"from_teacher": teacher, "from_assistant": model._assist(batch, teacher)}
+    expected = {name: distillation_loss(guide, student, l2_weight=0.0).item() / 2 for name, guide in guides.items()}
+    assert {name: loss.item() for name, loss in losses.items()} == pytest.approx(expected, abs=1e-6)
+
+
+@pytest.mark.parametrize("epoch", [0, 3])
+def test_gradient_reaches_what_learns_and_nothing_else(epoch, teacher_weights, batch):
+    model = in_epoch(build(teacher_weights), epoch)
+    torch.stack(list(model.compute_losses(batch).values())).sum().backward()
+    assert all(parameter.grad is None for parameter in model.model.teacher.parameters())
+    for network, learns in (
+        (model.assistant, epoch == 0),
+        (model.model.student, epoch == 3),
+        (model.attention, epoch == 3),
+    ):
+        assert {parameter.grad is not None for parameter in network.parameters()} == {learns}
+
+
+@pytest.mark.parametrize("epoch", [0, 3])
+def test_no_parameter_is_unused_and_the_idle_ones_do_not_move(epoch, teacher_weights, batch, monkeypatch):
+    model = in_epoch(build(teacher_weights), epoch)
+    monkeypatch.setattr(model, "log", lambda *_, **__: None)
+    batch.image_path = None  # there are no such files
+    optimiser = model.configure_optimizers()
+    for _ in range(2):  # with momentum of all
+        optimiser.zero_grad()
+        sum(parameter.square().sum() for parameter in model.parameters() if parameter.requires_grad).backward()
+        optimiser.step()
+    before = {name: parameters(network) for name, network in model.named_children() if parameters(network)}
+    optimiser.zero_grad()
+    loss = model.training_step(batch, 0)
+    assert loss.item() == pytest.approx(sum(model.compute_losses(batch).values()).item(), abs=1e-6)
+    loss.backward()
+    trained = [parameter for parameter in model.parameters() if parameter.requires_grad]
+    assert all(parameter.grad is not None for parameter in trained)  # which several processes wait for
+    model.on_before_optimizer_step(optimiser)
+    optimiser.step()
+    assert same(parameters(model.assistant), before["assistant"]) == (epoch == 3)
+    assert same(parameters(model.model), before["model"]) == (epoch == 0)
+    assert same(parameters(model.attention), before["attention"]) == (epoch == 0)
+
+
+def test_cache_holds_clean_images_alone(teacher_weights, batch):
+    model = in_epoch(build(teacher_weights), 3)
+    seen = []
+    model.model.teacher.register_forward_pre_hook(lambda _, arguments: seen.append(arguments[0]))
+    model.model.teacher_cache = FeatureCache(model.model.teacher, images=4, memory=1.0)
+    for _ in range(2):
+        model.compute_losses(batch)
+    assert [torch.equal(image, batch.image) for image in seen] == [True]
+
+
+def test_batch_norm_of_the_student_sees_clean_images(teacher_weights, batch):
+    model = in_epoch(build(teacher_weights), 3)
+    seen = []
+    model.model.student.register_forward_pre_hook(lambda _, arguments: seen.append(arguments[0]))
+    model.run_students(batch)
+    assert [torch.equal(image, batch.image) for image in seen] == [True]
+
+
+# --- outside training --------------------------------------------------------------------------------------------
+
+
+def test_assistant_and_attention_are_no_part_of_the_model():
+    with_all, without = build(None), build(None, assistant=None)
+    assert {name for name, _ in with_all.model.named_parameters()} == {n for n, _ in without.model.named_parameters()}
+    assert len(list(with_all.parameters())) > len(list(without.parameters()))
+
+
+def test_nothing_but_teacher_and_student_predicts(teacher_weights, batch, monkeypatch):
+    model = build(teacher_weights)
+    model.load_teacher_weights()
+    for part in Tad.training_parts:
+        monkeypatch.setattr(model, part, None)
+    batch.image_path = None
+    with torch.no_grad():
+        assert model.eval().predict_step(batch, 0).anomaly_map.shape == (4, 64, 64)
+
+
+def test_exported_torch_model_has_no_training_parts(teacher_weights, tmp_path):
+    model = build(teacher_weights)
+    model.load_teacher_weights()
+    model.model.is_trained = True
+    path = model.to_torch(tmp_path)
+    exported = torch.load(path, weights_only=False)["model"]
+    assert (exported.assistant, exported.attention, exported.pseudo_defects) == (None, None, None)
+    assert {name.split(".")[0] for name, _ in exported.named_parameters()} == {"model"}
+    assert model.assistant is not None  # it can still be trained
+    assert model.attention is not None
+    assert model.pseudo_defects is not None
