@@ -1,5 +1,6 @@
 """anomalib's commands as a user types them, in processes of their own, on small real data."""
 
+import inspect
 import os
 import subprocess
 import sys
@@ -10,8 +11,9 @@ import skimage.data
 from anomalib.cli.cli import AnomalibCLI
 from PIL import Image
 
-from anomalib_dskd import Dskd, TextureDefects
+from anomalib_dskd import Afkd, Dskd, Dtgd, Tad, TextureDefects
 from anomalib_dskd.errors import DskdError
+from anomalib_dskd.models.distillation.arguments import meaning
 from tests.conftest import TEACHER
 
 CONFIGS = Path(__file__).parents[2] / "configs"
@@ -120,6 +122,20 @@ def test_every_config_builds_its_model_and_data(config, size, tmp_path, monkeypa
         adam = cli.model.configure_optimizers().param_groups[0]
         assert (adam["lr"], adam["betas"]) == (1e-3, (0.5, 0.999))
         assert (cli.datamodule.train_batch_size, cli.config.train.trainer.max_epochs) == (16, 200)
+
+
+@pytest.mark.parametrize("kind", [Afkd, Dskd, Dtgd, Tad], ids=lambda kind: kind.__name__)
+def test_every_models_config_builds_it_with_any_data(kind, magnetic_tile_root, tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    config = CONFIGS / "model" / f"{kind.__name__.lower()}.yaml"
+    data = ["--data", "anomalib_dskd.MagneticTile", "--data.root", str(magnetic_tile_root)]
+    cli = AnomalibCLI(args=["train", "--config", str(config), *data, "--model.image_size", "128"], run=False)
+    assert type(cli.model) is kind
+    assert tuple(cli.model.input_size) == (128, 128)
+    built = dict(cli.model.hparams)  # what the file says is what the constructor would take anyway
+    defaults = {name: value.default for name, value in inspect.signature(kind).parameters.items()}
+    differ = {name for name in built if meaning(name, built) != meaning(name, defaults)}
+    assert differ == {"image_size", "seed"}
 
 
 @pytest.mark.parametrize(

@@ -11,7 +11,9 @@ import torch
 from anomalib.deploy import OpenVINOInferencer, TorchInferencer
 from PIL import Image
 
-from anomalib_dskd import Dskd
+from anomalib_dskd import Afkd, Dskd, Dtgd, Tad
+from anomalib_dskd.models.distillation.lightning_model import DistillationMixin
+from anomalib_dskd.quantization import map_operations
 from tests.conftest import TEACHER
 
 TOLERANCE = 1e-4
@@ -30,6 +32,22 @@ VARIANTS = [
     {"map_pair": "E-D"},
     {"embedding": False, "embedding_input": "normalized", "map_layers": (2,), "sigma": 0.0},
 ]
+SIBLINGS = [
+    (Afkd, {}),
+    (Dtgd, {}),
+    (Tad, {"assistant": "test_efficientnet"}),
+]
+SIBLING_VARIANTS = [
+    (Afkd, {"fusion": "equal", "image_size": (75, 100)}),
+    (Afkd, {"teacher": "convnext_atto", "layers": (0, 1, 2)}),
+    (Afkd, {"teacher": "tf_efficientnet_lite0"}),
+    (Dtgd, {"gate": False}),
+    (Dtgd, {"image_size": (75, 100), "sigma": 0.0}),
+    (Dtgd, {"teacher": "convnext_atto", "layers": (0, 1, 2)}),
+    (Dtgd, {"teacher": "tf_efficientnet_lite0"}),
+    (Tad, {"assistant": None, "image_size": (75, 100)}),
+    (Tad, {"teacher": "convnext_atto", "layers": (0, 1, 2)}),
+]
 pytestmark = [
     # of torch's exporter and its dependencies
     pytest.mark.filterwarnings("ignore::DeprecationWarning"),
@@ -38,9 +56,9 @@ pytestmark = [
 ]
 
 
-def untrained(teacher: str, layers=(1, 2, 3), **arguments) -> Dskd:
+def untrained(teacher: str, layers=(1, 2, 3), kind: type = Dskd, **arguments) -> DistillationMixin:
     """A model that passes for trained: what it has learnt does not matter to the export."""
-    model = Dskd(teacher=teacher, layers=layers, seed=0, **{"image_size": 64, "sigma": 2.0, **arguments})
+    model = kind(teacher=teacher, layers=layers, seed=0, **{"image_size": 64, "sigma": 2.0, **arguments})
     model.model.teacher.weights_origin = {"file": "random, for the test"}
     model.model.is_trained = True
     post_processor = model.post_processor
@@ -74,7 +92,9 @@ def run_onnx(path: Path, images: torch.Tensor) -> dict[str, np.ndarray]:
     return dict(zip(names, session.run(names, {"input": images.numpy()}), strict=True))
 
 
-def check_all_agree(model: Dskd, folder: Path, batches: list[torch.Tensor], *, xml: Path | None = None) -> None:
+def check_all_agree(
+    model: DistillationMixin, folder: Path, batches: list[torch.Tensor], *, xml: Path | None = None
+) -> None:
     """Compare PyTorch with the ONNX model in ONNX Runtime and in OpenVINO, and with the OpenVINO model if given."""
     onnx = model.to_onnx(folder)
     for images in batches:
@@ -103,6 +123,39 @@ def test_exports_of_every_teacher_agree_with_pytorch(teacher, layers, tmp_path):
 @pytest.mark.parametrize("arguments", VARIANTS, ids=str)
 def test_exports_of_every_variant_agree_with_pytorch(arguments, tmp_path):
     check_all_agree(untrained(TEACHER, **arguments), tmp_path, [photographs(1), photographs(4)])
+
+
+@pytest.mark.parametrize(("kind", "arguments"), SIBLINGS, ids=lambda value: getattr(value, "__name__", ""))
+def test_exports_of_the_siblings_agree_with_pytorch_and_hold_no_more_than_they_need(kind, arguments, tmp_path):
+    model = untrained(TEACHER, kind=kind, **arguments)
+    xml = model.to_openvino(tmp_path)
+    check_all_agree(model, tmp_path, [photographs(1), photographs(4)], xml=xml)
+    exported = openvino.Core().read_model(xml)
+    numbers = [op for op in exported.get_ops() if op.get_type_name() == "Constant"]
+    held = sum(int(np.prod(op.get_output_shape(0))) for op in numbers if op.get_element_type() == openvino.Type.f32)
+    # batch norms are folded into convolutions, or have two numbers a channel
+    weights = [parameter for parameter in model.model.parameters() if parameter.dim() > 1]
+    rest = sum(parameter.numel() for parameter in model.model.parameters() if parameter.dim() == 1)
+    assert (
+        sum(weight.numel() for weight in weights) <= held <= sum(weight.numel() for weight in weights) + 2 * rest + 200
+    )
+    check_map_starts_behind_the_networks(exported, levels=3)
+
+
+def check_map_starts_behind_the_networks(exported: openvino.Model, *, levels: int) -> None:
+    in_map = set(map_operations(exported))
+    types = {op.get_friendly_name(): op.get_type_name() for op in exported.get_ops()}
+    norms = [name for name in in_map if types[name] == "ReduceL2"]
+    assert len(norms) == 2 * levels  # of each network's levels
+    convolutions = [name for name in types if types[name] in {"Convolution", "GroupConvolution"}]
+    assert len([name for name in convolutions if name in in_map]) == 2  # the blur's
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize(("kind", "arguments"), SIBLING_VARIANTS, ids=str)
+def test_exports_of_every_variant_of_the_siblings_agree_with_pytorch(kind, arguments, tmp_path):
+    model = untrained(**{"teacher": TEACHER, "kind": kind, **arguments})
+    check_all_agree(model, tmp_path, [photographs(1), photographs(4)])
 
 
 def test_inferencers_give_the_models_score(tmp_path, monkeypatch):

@@ -8,7 +8,7 @@ import torch
 from anomalib.deploy import CompressionType
 from anomalib.engine import Engine
 
-from anomalib_dskd import Dskd, MagneticTile
+from anomalib_dskd import Afkd, Dskd, Dtgd, MagneticTile, Tad
 from anomalib_dskd.errors import ArgumentError
 from anomalib_dskd.quantization import calibration_images, map_operations
 from tests.conftest import TEACHER
@@ -75,6 +75,41 @@ def test_networks_are_quantised_and_the_map_is_not(int8):
     of_networks = [operation for operation in convolutions if operation.get_friendly_name() not in in_map]
     assert len(of_networks) > 20
     assert {operation.input_value(0).get_node().get_type_name() for operation in of_networks} == {"FakeQuantize"}
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize(
+    ("kind", "arguments"),
+    [(Afkd, {}), (Dtgd, {}), (Tad, {"assistant": "test_efficientnet"})],
+    ids=lambda value: getattr(value, "__name__", ""),
+)
+def test_siblings_maps_in_8_bits_are_those_in_32(kind, arguments, data, teacher_weights, tmp_path):
+    model = kind(
+        teacher=TEACHER,
+        teacher_weights=teacher_weights,
+        image_size=64,
+        sigma=2.0,
+        seed=0,
+        visualizer=False,
+        **arguments,
+    )
+    Engine(default_root_dir=tmp_path, max_epochs=10, check_val_every_n_epoch=10, accelerator="cpu", logger=False).fit(
+        model, datamodule=data
+    )
+    model.post_processor.enable_normalization = False
+    f32 = openvino.Core().read_model(model.to_openvino(tmp_path / "f32", input_size=SIZE))
+    path = model.to_openvino(
+        tmp_path / "int8", input_size=SIZE, compression_type=CompressionType.INT8_PTQ, datamodule=data
+    )
+    data.setup("test")
+    images = [
+        torch.nn.functional.interpolate(torch.as_tensor(item.image)[None], SIZE).numpy() for item in data.test_data
+    ]
+    expected_scores, expected_maps = predict(f32, images)
+    scores, maps = predict(openvino.Core().read_model(path), images)
+    assert len(set(scores.round(6))) == len(images)
+    assert np.abs(scores - expected_scores).max() < 0.1 * np.ptp(expected_scores)
+    assert np.corrcoef(maps.ravel(), expected_maps.ravel())[0, 1] > 0.99
 
 
 def test_plain_quantisation_still_spoils_the_map(f32, int8, data):

@@ -1,10 +1,15 @@
 import dataclasses
 import json
+from pathlib import Path
 
 import pytest
+import yaml
 
 from anomalib_dskd.benchmark.config import BenchmarkConfig, DatasetSpec, Job, Measurements, ModelSpec, expand
+from anomalib_dskd.benchmark.run_job import check_job
 from anomalib_dskd.errors import ArgumentError
+
+CONFIGS = Path(__file__).parents[3] / "configs" / "benchmark"
 
 TILES = DatasetSpec({"class_path": "anomalib_dskd.MagneticTile", "init_args": {"root": "tiles"}}, image_size=128)
 MVTEC = DatasetSpec({"class_path": "anomalib.data.MVTecAD"}, categories=["screw", "wood"])
@@ -43,6 +48,21 @@ def test_epochs_say_where_they_come_from():
         (30, "this configuration"),
         (5, "this configuration"),
     ]
+
+
+def test_siblings_are_compared_at_the_same_number_of_epochs():
+    described = yaml.safe_load((CONFIGS / "siblings.yaml").read_text())
+    specs = {"models": ModelSpec, "datasets": DatasetSpec}
+    lists = {name: [spec(**each) for each in described[name]] for name, spec in specs.items()}
+    jobs = expand(BenchmarkConfig(**lists, epochs=described["epochs"], image_size=described["image_size"]))
+    for job in jobs:
+        check_job(job)
+    ours = [job for job in jobs if job.class_path.startswith("anomalib_dskd.")]
+    assert {job.class_path.rpartition(".")[2] for job in ours} == {"Afkd", "Dskd", "Dtgd", "Tad"}
+    assert {job.epochs for job in jobs} == {30, None}  # none: those that train in no epochs
+    assert {job.image_size for job in jobs} == {(128, 128)}
+    ablations = [job.init_args for job in ours if job.init_args]
+    assert ablations == [{"fusion": "equal"}, {"gate": False}, {"assistant": None}, {"inverse_weight": 0.0}]
 
 
 def test_a_jobs_number_stands_for_all_that_its_result_depends_on():

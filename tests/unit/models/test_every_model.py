@@ -1,0 +1,257 @@
+"""What holds for each model that learns from a frozen teacher, whatever its networks are."""
+
+import inspect
+import warnings
+from pathlib import Path
+
+import pytest
+import torch
+from anomalib.engine import Engine
+from anomalib.models import get_model, list_models
+from anomalib.models.components import AnomalibModule
+
+from anomalib_dskd import Afkd, Dskd, Dtgd, MagneticTile, Tad
+from anomalib_dskd.components.teacher import Teacher
+from anomalib_dskd.errors import ArgumentError, NotTrainedError
+from anomalib_dskd.models.distillation.lightning_model import DistillationMixin
+from tests.conftest import TEACHER
+
+ARGUMENTS = {Afkd: {}, Dskd: {}, Dtgd: {}, Tad: {"assistant": "test_efficientnet"}}
+STUDENTS = {
+    Afkd: {"fusion", "embedding", "decoder_student"},
+    Dskd: {"encoder_student", "embedding", "decoder_student"},
+    Dtgd: {"encoder_student", "embedding", "decoder_student"},
+    Tad: {"student"},
+}
+LOSSES = {
+    Afkd: {"decoder"},
+    Dskd: {"encoder", "decoder"},
+    Dtgd: {"encoder", "decoder", "dissimilarity"},
+    Tad: {"from_teacher", "from_assistant", "entropy", "inverse"},
+}
+every_model = pytest.mark.parametrize("kind", list(ARGUMENTS), ids=lambda kind: kind.__name__)
+
+
+def build(kind: type[AnomalibModule], weights: Path | str | None, **arguments) -> AnomalibModule:
+    common = {"teacher": TEACHER, "image_size": 64, "sigma": 2.0, "seed": 0, "visualizer": False}
+    return kind(**{**common, **ARGUMENTS[kind], "teacher_weights": weights, **arguments})
+
+
+def engine(folder: Path, **arguments) -> Engine:
+    quiet = {"logger": False, "enable_progress_bar": False, "enable_model_summary": False, "barebones": False}
+    return Engine(default_root_dir=folder, accelerator="cpu", devices=1, **quiet, **arguments)
+
+
+def fit(model: AnomalibModule, root: Path, folder: Path, *, num_workers: int = 0, **trainer) -> AnomalibModule:
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")
+        data = MagneticTile(root, train_batch_size=4, num_workers=num_workers)
+        engine(folder, **{"max_epochs": 2, **trainer}).fit(model, datamodule=data)
+    return model
+
+
+@pytest.fixture(scope="module", params=list(ARGUMENTS), ids=lambda kind: kind.__name__)
+def trained(request, magnetic_tile_root, teacher_weights, tmp_path_factory) -> tuple[AnomalibModule, Path]:
+    """A model trained for two epochs (Tad: one of them its assistant's), and its checkpoint."""
+    folder = tmp_path_factory.mktemp("trained")
+    model = fit(build(request.param, teacher_weights), magnetic_tile_root, folder)
+    return model, next(folder.rglob("model.ckpt"))
+
+
+@every_model
+def test_anomalib_finds_the_model_by_name(kind):
+    assert kind.__name__.lower() in list_models()
+    assert type(get_model(kind.__name__)) is kind
+
+
+@every_model
+def test_every_argument_is_documented(kind):
+    arguments = set(inspect.signature(kind).parameters)
+    documented = inspect.getdoc(kind)
+    assert all(f"\n    {name}: " in documented for name in arguments)
+
+
+@pytest.mark.parametrize("kind", [Afkd, Dtgd, Tad], ids=lambda kind: kind.__name__)
+def test_siblings_say_where_they_come_from(kind):
+    told = " ".join(inspect.getdoc(kind).split())
+    assert "Reimplemented from the abstract of " in told
+    assert "the authors' code and text were not seen; their figures are not claimed." in told
+
+
+@every_model
+def test_what_all_models_take_has_one_default(kind):
+    shared = inspect.signature(Dskd).parameters
+    own = {name: value.default for name, value in inspect.signature(kind).parameters.items() if name in shared}
+    assert {"teacher", "layers", "sigma", "learning_rate", "schedule", "betas", "seed", "teacher_cache"} <= set(own)
+    assert own == {name: shared[name].default for name in own}
+
+
+@every_model
+def test_arguments_of_the_map_and_of_the_training_are_arguments(kind):
+    arguments = set(inspect.signature(kind).parameters)
+    assert {"sigma"} <= kind.map_only <= arguments
+    assert DistillationMixin.training_only <= kind.training_only <= arguments
+    assert not kind.map_only & kind.training_only
+
+
+def test_training_changes_the_students_and_not_the_teacher(trained, teacher_weights):
+    model, _ = trained
+    fresh = build(type(model), teacher_weights)
+    fresh.load_teacher_weights()
+    before, after = fresh.model.state_dict(), model.model.state_dict()
+    tensors = [name for name in before if "_extra_state" not in name and "kernel" not in name]
+    changed = {name.split(".")[0] for name in tensors if not torch.equal(before[name], after[name])}
+    assert changed == STUDENTS[type(model)]
+    assert not model.model.teacher.training
+
+
+def test_losses_are_logged_by_name(trained):
+    model, _ = trained
+    logged = model.trainer.callback_metrics
+    losses = {name.removeprefix("train_loss_"): float(value) for name, value in logged.items() if "train_loss_" in name}
+    losses.pop("assistant", None)  # of Tad's first phase
+    assert set(losses) == LOSSES[type(model)]
+    assert float(logged["train_loss"]) == pytest.approx(sum(losses.values()), rel=1e-5)
+
+
+def test_checkpoint_brings_teacher_and_result(trained):
+    model, checkpoint = trained
+    loaded = type(model).load_from_checkpoint(checkpoint, teacher_weights="gone.safetensors").eval()
+    image = torch.rand(2, 3, 80, 100)
+    with torch.no_grad():
+        expected, result = model.eval()(image), loaded(image)
+    assert torch.allclose(result.anomaly_map, expected.anomaly_map, atol=1e-4)  # another memory format
+    assert not any(parameter.requires_grad for parameter in loaded.model.teacher.parameters())
+
+
+def test_test_predict_and_resume_without_weights_file(trained, magnetic_tile_root, tmp_path):
+    model, checkpoint = trained
+    data = MagneticTile(magnetic_tile_root, train_batch_size=4)
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")
+        tested, predicting, resumed = (build(type(model), "gone.safetensors") for _ in range(3))
+        (figures,) = engine(tmp_path / "test").test(tested, datamodule=data, ckpt_path=checkpoint)
+        predictions = engine(tmp_path / "predict").predict(predicting, datamodule=data, ckpt_path=checkpoint)
+        engine(tmp_path / "resume", max_epochs=3).fit(resumed, datamodule=data, ckpt_path=checkpoint)
+    assert set(figures) == {"image_AUROC", "image_F1Score", "pixel_AUROC", "pixel_F1Score", "pixel_AUPRO"}
+    scores = torch.cat([batch.pred_score for batch in predictions])
+    assert len(scores) == 12
+    assert len(scores.unique()) > 6
+    assert resumed.current_epoch == 3
+
+
+def test_checkpoint_of_other_arguments_is_refused(trained, magnetic_tile_root, tmp_path):
+    model, checkpoint = trained
+    other = build(type(model), None, sigma=3.0)
+    with pytest.raises(ArgumentError, match="trained with other arguments: sigma: 2.0 there, 3.0 here"):
+        engine(tmp_path).test(other, datamodule=MagneticTile(magnetic_tile_root), ckpt_path=checkpoint)
+
+
+@every_model
+def test_no_result_before_training(kind, magnetic_tile_root, teacher_weights, tmp_path):
+    model = build(kind, teacher_weights)
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")
+        for purpose in ("test", "validate"):
+            with pytest.raises(NotTrainedError, match=f"cannot {purpose}: this {kind.__name__} has not been trained"):
+                getattr(engine(tmp_path), purpose)(model, datamodule=MagneticTile(magnetic_tile_root))
+    with pytest.raises(NotTrainedError, match="cannot export"):
+        model.to_onnx(tmp_path)
+
+
+@pytest.mark.parametrize(
+    ("kind", "cached", "uncached"),
+    [(Afkd, 8, 24), (Dskd, 8, 24), (Dtgd, 8 + 24, 24 + 24), (Tad, 8, 24)],  # Dtgd: damaged ones besides
+    ids=["Afkd", "Dskd", "Dtgd", "Tad"],
+)
+def test_teacher_sees_each_clean_image_once_with_the_cache(
+    kind, cached, uncached, magnetic_tile_root, teacher_weights, tmp_path, monkeypatch
+):
+    images, original = [], Teacher.forward
+    monkeypatch.setattr(Teacher, "forward", lambda self, batch: images.append(len(batch)) or original(self, batch))
+    losses = []
+    for memory, expected in ((1.0, cached), (0.0, uncached)):
+        images.clear()
+        model = build(kind, teacher_weights, teacher_cache=memory, batch_norm_images=0)
+        trainer = {"max_epochs": 3, "limit_val_batches": 0}
+        fit(model, magnetic_tile_root, tmp_path / str(memory), **trainer)
+        assert sum(images) == expected
+        losses.append(float(model.trainer.callback_metrics["train_loss"]))
+        assert model.model.teacher_cache is None
+    assert losses[0] == pytest.approx(losses[1], rel=5e-3)  # Adam makes more of the rounding to 16 bits
+
+
+@pytest.mark.parametrize("kind", [Dtgd, Tad], ids=lambda kind: kind.__name__)
+def test_number_of_workers_changes_nothing(kind, magnetic_tile_root, teacher_weights, tmp_path):
+    states = []
+    for num_workers in (0, 2):
+        model = build(kind, teacher_weights, batch_norm_images=0)
+        trainer = {"limit_val_batches": 0, "num_workers": num_workers}
+        states.append(fit(model, magnetic_tile_root, tmp_path / str(num_workers), **trainer).model.state_dict())
+    for name, value in states[0].items():
+        assert not isinstance(value, torch.Tensor) or torch.equal(value, states[1][name]), name
+
+
+@every_model
+def test_two_trainings_with_one_seed_give_the_same_weights(kind, magnetic_tile_root, teacher_weights, tmp_path):
+    states = []
+    for run in (1, 2):
+        torch.manual_seed(run)  # what happened before does not matter
+        model = fit(build(kind, teacher_weights), magnetic_tile_root, tmp_path / str(run), limit_val_batches=0)
+        states.append(model.state_dict())
+    for name, value in states[0].items():
+        assert not isinstance(value, torch.Tensor) or torch.equal(value, states[1][name]), name
+
+
+@pytest.mark.parametrize("kind", [Afkd, Dtgd, Tad], ids=lambda kind: kind.__name__)
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        ({"teacher": "resnet_18"}, "teacher 'resnet_18' is not a timm model. Did you mean .*'resnet18'"),
+        ({"layers": [3, 4, 5]}, r"layers \[3, 4, 5\] do not fit teacher .* indices from 0 to 4"),
+        ({"sigma": -1.0}, "sigma -1.0 must be a finite number, 0 or larger"),
+        ({"weight_decay": -1.0}, "weight_decay -1.0"),
+        ({"learning_rate": 0.0}, "learning_rate 0.0 must be a finite number larger than 0"),
+        ({"betas": (0.5, 1.0)}, r"betas \(0.5, 1.0\) must be two numbers"),
+        ({"schedule": "cosine"}, "schedule 'cosine' must be 'constant' or 'one_cycle'"),
+        ({"batch_norm_images": -1}, "batch_norm_images -1 must be a whole number of images"),
+        ({"image_size": 16}, "images of 16x16 pixels are too small"),
+        ({"image_size": (64, 0)}, r"image_size \(64, 0\) must be one number of pixels, or height and width"),
+        ({"pre_processor": False}, "image_size and pre_processor exclude each other"),
+    ],
+)
+def test_illegal_arguments_of_all_say_what_is_legal(kind, arguments, message):
+    with pytest.raises(ArgumentError, match=message):
+        build(kind, None, **arguments)
+
+
+@pytest.mark.parametrize(
+    ("kind", "arguments", "message"),
+    [
+        (Afkd, {"fusion": "mean"}, "fusion 'mean' must be 'learned' or 'equal'"),
+        (Afkd, {"embedding_blocks": 0}, "embedding_blocks 0 must be 1 or larger"),
+        (Dtgd, {"embedding_blocks": 0}, "embedding_blocks 0 must be 1 or larger"),
+        (Dtgd, {"margin": 1.0}, "margin 1.0 must be a cosine from -1 up to, not including, 1"),
+        (Dtgd, {"margin": float("nan")}, "margin nan must be a cosine"),
+        (Dtgd, {"dissimilarity_weight": -0.1}, "dissimilarity_weight -0.1 must be a finite number, 0 or larger"),
+        (Dtgd, {"defect_probability": 0.0}, "defect_probability 0.0 must be larger than 0, and 1 at most"),
+        (Tad, {"defect_probability": 2.0}, "defect_probability 2.0 must be larger than 0, and 1 at most"),
+        (Tad, {"entropy_weight": -1.0}, "entropy_weight -1.0 must be a finite number, 0 or larger"),
+        (Tad, {"inverse_weight": float("inf")}, "inverse_weight inf must be a finite number"),
+        (Tad, {"assistant_share": 0.0}, "assistant_share 0.0 must be a share of the epochs larger than 0 and smaller"),
+        (Tad, {"assistant_share": 1.0}, "assistant_share 1.0 must be a share"),
+        (Tad, {"guidance": "none"}, "guidance 'none' must be 'learned' or 'equal'"),
+        (Tad, {"assistant": TEACHER}, "has the teacher's architecture, and would know nothing else. Give a backbone"),
+        (Tad, {"assistant": "efficientnet_light"}, "assistant 'efficientnet_light' is not a timm model. Did you mean"),
+        (Tad, {"assistant_layers": [1, 2]}, r"assistant_layers \[1, 2\] must be as many as the teacher's layers, 3"),
+        (Tad, {"assistant_layers": [1, 2, 9]}, r"layers \[1, 2, 9\] do not fit assistant 'test_efficientnet'"),
+        (
+            Tad,
+            {"assistant": "test_vit3", "assistant_layers": [0, 1, 2]},
+            r"64x64 pixels: the assistant 'test_vit3' takes \(160, 160\) alone",
+        ),
+    ],
+)
+def test_illegal_arguments_of_one_say_what_is_legal(kind, arguments, message):
+    with pytest.raises(ArgumentError, match=message):
+        build(kind, None, **arguments)
