@@ -198,7 +198,8 @@ def test_two_trainings_with_one_seed_give_the_same_weights(kind, magnetic_tile_r
     for run in (1, 2):
         torch.manual_seed(run)  # what happened before does not matter
         model = fit(build(kind, teacher_weights), magnetic_tile_root, tmp_path / str(run), limit_val_batches=0)
-        states.append(model.state_dict())
+        state = model.state_dict()  # without the thresholds, which are NaN without a validation
+        states.append({name: value for name, value in state.items() if not name.startswith("post_processor.")})
     for name, value in states[0].items():
         assert not isinstance(value, torch.Tensor) or torch.equal(value, states[1][name]), name
 
