@@ -177,7 +177,8 @@ class Tad(DistillationMixin, AnomalibModule):
             self.model = TadModel(teacher, layers, sigma=sigma)
             levels = self.model.teacher.levels
             if assistant is not None:
-                self.assistant = Assistant(assistant, assistant_layers or layers, levels)
+                assistant_layers = layers if assistant_layers is None else assistant_layers
+                self.assistant = Assistant(assistant, assistant_layers, levels)
                 self.attention = GuidanceAttention(levels) if guidance == "learned" else None
         self.pseudo_defects = PseudoDefects(*normalisation(teacher), seed=seed, probability=defect_probability)
         if self.input_size is not None:

@@ -245,6 +245,7 @@ def test_illegal_arguments_of_all_say_what_is_legal(kind, arguments, message):
         (Tad, {"assistant": TEACHER}, "has the teacher's architecture, and would know nothing else. Give a backbone"),
         (Tad, {"assistant": "efficientnet_light"}, "assistant 'efficientnet_light' is not a timm model. Did you mean"),
         (Tad, {"assistant_layers": [1, 2]}, r"assistant_layers \[1, 2\] must be as many as the teacher's layers, 3"),
+        (Tad, {"assistant_layers": []}, r"assistant_layers \[\] must be as many as the teacher's layers, 3"),
         (Tad, {"assistant_layers": [1, 2, 9]}, r"layers \[1, 2, 9\] do not fit assistant 'test_efficientnet'"),
         (
             Tad,
