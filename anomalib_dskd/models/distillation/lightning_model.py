@@ -43,8 +43,10 @@ __all__ = ["DistillationMixin", "seeded"]
 
 ONNX_OPSET = 18  # torch's exporter writes it; asked for an older one, as anomalib does, it tries to convert and fails
 
-# anomalib finds models among the direct subclasses of AnomalibModule, so that this can only stand beside it
-Base = AnomalibModule if TYPE_CHECKING else object
+if TYPE_CHECKING:  # anomalib finds models among the direct subclasses of AnomalibModule: this can only stand beside it
+    Base = AnomalibModule
+else:
+    Base = object
 
 
 @contextmanager
