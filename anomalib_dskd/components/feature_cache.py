@@ -24,8 +24,8 @@ class FeatureCache:
     """Keeps what a frozen network returns for an image, found again by the image's pixels.
 
     Without random augmentation a frozen teacher sees the same images in every epoch, and need be run in the
-    first one alone. Features are kept with unit norm over channels, which is all that a cosine asks for, in
-    float16 (a step of 5e-4 of each value, which changes ``1 - cos`` by about 1e-7). As an image's pixels are
+    first one alone. Features are given with unit norm over channels, which is all that a cosine asks for, and
+    rounded to float16 (a step of 5e-4 of each value, which changes ``1 - cos`` by about 1e-7). As an image's pixels are
     its key, a randomly augmented image can never get another one's features; it merely is not found, and a
     full cache that misses most images in an epoch empties and switches itself off.
 
@@ -42,8 +42,8 @@ class FeatureCache:
         >>> cache = FeatureCache(lambda images: calls.append(len(images)) or [2 * images], images=1, memory=1.0)
         >>> images = torch.eye(3).view(1, 3, 3, 1)
         >>> first, again = cache(images), cache(images)  # the second time from the cache
-        >>> calls, torch.equal(again[0], images)
-        ([1], True)
+        >>> calls, torch.equal(first[0], images), torch.equal(again[0], images)
+        ([1], True, True)
     """
 
     def __init__(self, network: Callable[[Tensor], list[Tensor]], *, images: int, memory: float) -> None:
@@ -80,24 +80,30 @@ class FeatureCache:
         return sum(block.nbytes for block in self._blocks if isinstance(block, np.memmap))
 
     def __call__(self, images: Tensor) -> list[Tensor]:
-        """Return the features of images ``(B, 3, H, W)``: the network's own, or of unit norm where they were kept.
+        """Return the features of images ``(B, 3, H, W)``: as they are kept, whether or not they had to be computed.
 
-        Images that are not on the CPU go straight to the network, which is quicker there than fetching features.
+        An image that is new goes through the network alone, since a batch's other images could change its features in
+        the last bit. So they are the same in the first epoch, in later ones, and in a training that is resumed. Images
+        that are not on the CPU go straight to the network, which is quicker there than fetching features.
         """
         if not self.is_on or images.device.type != "cpu":
             return self.network(images)
-        keys = [_key(image) for image in images]
-        found = [index for index, key in enumerate(keys) if key in self._rows]
-        missing = [index for index, key in enumerate(keys) if key not in self._rows]
-        self._seen += len(keys)
-        self._found += len(found)
-        if not missing:
-            return self._read(keys)
-        computed = self.network(images[missing])
-        features = _merged(computed, missing, self._read([keys[i] for i in found]), found) if found else computed
-        if self._can_grow and len(self) < self.images:
-            self._write({keys[index]: row for row, index in enumerate(missing)}, computed)
-        return features
+        rows, shapes = [], self._shapes
+        for index, image in enumerate(images):
+            key = _key(image)
+            if key in self._rows:
+                row = self._rows[key]
+                rows.append(self._blocks[row // BLOCK][row % BLOCK])
+                self._found += 1
+            else:
+                computed = self.network(images[index : index + 1])
+                shapes = [level.shape[1:] for level in computed]
+                rows.append(np.concatenate([_pack(level).numpy()[0] for level in computed]))
+                self._keep(key, rows[-1], shapes)
+        self._seen += len(rows)
+        assert shapes is not None  # a row was found or computed
+        levels = torch.split(torch.from_numpy(np.stack(rows)), [shape.numel() for shape in shapes], dim=1)
+        return [_unpack(level, shape) for level, shape in zip(levels, shapes, strict=True)]
 
     def end_epoch(self) -> None:
         """Take stock: a cache that had all images when the epoch began, and missed most, is of no use."""
@@ -108,28 +114,18 @@ class FeatureCache:
         self._was_complete = len(self) == self.images
         self._found = self._seen = 0
 
-    def _write(self, missing: dict[bytes, int], features: list[Tensor]) -> None:
-        shapes = [level.shape[1:] for level in features]
+    def _keep(self, key: bytes, values: np.ndarray, shapes: list[torch.Size]) -> None:
         if self._shapes is None:
             self._shapes = shapes
-        if self._shapes != shapes:  # images of another size: not worth a second set of blocks
+        row = len(self._rows)
+        # images of another size are not worth a second set of blocks
+        if not self._can_grow or row == self.images or self._shapes != shapes:
             return
-        rows = np.concatenate([_pack(level).numpy() for level in features], axis=1)  # (B, values)
-        for key, index in missing.items():
-            row = len(self._rows)
-            if row == BLOCK * len(self._blocks) and row < self.images:
-                self._can_grow = self._grow(rows.shape[1])
-            if row == self.images or not self._can_grow:
-                return
-            self._blocks[row // BLOCK][row % BLOCK] = rows[index]
+        if row == BLOCK * len(self._blocks):
+            self._can_grow = self._grow(len(values))
+        if self._can_grow:
+            self._blocks[row // BLOCK][row % BLOCK] = values
             self._rows[key] = row
-
-    def _read(self, keys: list[bytes]) -> list[Tensor]:
-        assert self._shapes is not None  # a key was found
-        rows = [self._rows[key] for key in keys]
-        values = torch.from_numpy(np.stack([self._blocks[row // BLOCK][row % BLOCK] for row in rows]))
-        levels = torch.split(values, [shape.numel() for shape in self._shapes], dim=1)
-        return [_unpack(level, shape) for level, shape in zip(levels, self._shapes, strict=True)]
 
     def _grow(self, values: int) -> bool:
         """Add a block, in memory or in the file; return whether that worked."""
@@ -156,12 +152,6 @@ def _block_on_disk(size: int, values: int) -> np.ndarray:
         file.write(bytes(size))  # written, not only made longer: a full disk shows here, not in a crash later
         file.flush()
         return np.memmap(file, dtype=np.float16, mode="r+", shape=(BLOCK, values))
-
-
-def _merged(computed: list[Tensor], missing: list[int], kept: list[Tensor], found: list[int]) -> list[Tensor]:
-    """Put the levels of two parts of a batch in the batch's order."""
-    order = torch.tensor(missing + found).argsort()
-    return [torch.cat([new.float(), old])[order] for new, old in zip(computed, kept, strict=True)]
 
 
 def _key(image: Tensor) -> bytes:

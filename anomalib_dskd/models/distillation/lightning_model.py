@@ -21,7 +21,7 @@ from torch.utils.data import DataLoader
 
 from anomalib_dskd.components.batch_norm import fresh_statistics
 from anomalib_dskd.components.feature_cache import FeatureCache
-from anomalib_dskd.data.image_cache import cache_training_images
+from anomalib_dskd.data.image_cache import cache_training_images, is_deterministic
 from anomalib_dskd.data.image_files import check_depths
 from anomalib_dskd.errors import ArgumentError, DataError, DivergedError, NotTrainedError
 from anomalib_dskd.evaluation import RawScoreEvaluator, keep_raw_scores
@@ -104,10 +104,10 @@ class DistillationMixin(Base):
 
     def on_train_start(self) -> None:
         """Make room for the teacher's features of the training images."""
-        if self.options.teacher_cache > 0:
-            images = _images(_training_loader(self.trainer))
+        loader = _training_loader(self.trainer)
+        if self.options.teacher_cache > 0 and is_deterministic(getattr(loader.dataset, "augmentations", None)):
             self.model.teacher_cache = FeatureCache(
-                self.model.teacher, images=images, memory=self.options.teacher_cache
+                self.model.teacher, images=_images(loader), memory=self.options.teacher_cache
             )
 
     def on_train_end(self) -> None:

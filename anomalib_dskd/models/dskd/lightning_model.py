@@ -64,7 +64,7 @@ class Dskd(DistillationMixin, AnomalibModule):
             README's table of deviations.
         teacher_cache: GiB of memory for the teacher's features of the training images, which are the same in each
             epoch; what needs more is kept in a temporary file. 0 computes them in each epoch, as happens with
-            random augmentations and on a GPU. Default, our choice: 1.
+            augmentations that may be random and on a GPU. Default, our choice: 1.
         image_cache: GiB of memory for decoded, resized training images; those beyond, and all of them with random
             augmentations, are decoded in each epoch. Default, our choice: 1.
         seed: initialise the students, and order the batches, from this number. A training that is resumed orders
