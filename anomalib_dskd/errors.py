@@ -1,6 +1,14 @@
 """Errors that say what was given, what is legal and what to do."""
 
-__all__ = ["ArgumentError", "DataError", "DivergedError", "DskdError", "NotTrainedError", "TeacherWeightsError"]
+__all__ = [
+    "ArgumentError",
+    "CheckpointError",
+    "DataError",
+    "DivergedError",
+    "DskdError",
+    "NotTrainedError",
+    "TeacherWeightsError",
+]
 
 
 class DskdError(Exception):
@@ -25,3 +33,7 @@ class NotTrainedError(DskdError, RuntimeError):
 
 class DivergedError(DskdError, ArithmeticError):
     """The training loss is no longer a finite number."""
+
+
+class CheckpointError(DskdError, OSError):
+    """A checkpoint cannot be written."""

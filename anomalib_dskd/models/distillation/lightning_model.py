@@ -34,6 +34,7 @@ from anomalib_dskd.models.distillation.arguments import (
     meaning,
     number_of_steps,
 )
+from anomalib_dskd.models.distillation.checkpoint import save_atomically
 from anomalib_dskd.models.distillation.torch_model import DistillationModel
 from anomalib_dskd.pre_processing import create_pre_processor
 from anomalib_dskd.quantization import calibration_images, quantize_file
@@ -87,10 +88,13 @@ class DistillationMixin(Base):
     # --- training -----------------------------------------------------------------------------------------------
 
     def setup(self, stage: str) -> None:
-        """Let anomalib's data module, if there is one, decode each training image once."""
+        """Prepare for training: how checkpoints are saved, and images that are decoded once."""
         super().setup(stage)
+        if stage != TrainerFn.FITTING:
+            return
+        save_atomically(self.trainer)
         data = getattr(self.trainer, "datamodule", None)
-        if stage == TrainerFn.FITTING and isinstance(data, AnomalibDataModule):
+        if isinstance(data, AnomalibDataModule):
             cache_training_images(data, memory=self.options.image_cache)
 
     def on_fit_start(self) -> None:
