@@ -33,6 +33,17 @@ def write_weights(path: Path, teacher: str = TEACHER) -> Path:
     return path
 
 
+def differing(first: dict, second: dict) -> list[str]:
+    """Names of what two states do not have in common, bit for bit."""
+    names = set(first) ^ set(second)
+    for name in set(first) & set(second):
+        mine, theirs = first[name], second[name]
+        same = torch.equal(mine, theirs) if isinstance(mine, torch.Tensor) else mine == theirs
+        if not same:
+            names.add(name)
+    return sorted(names)
+
+
 @pytest.fixture(scope="session")
 def teacher_weights(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return write_weights(tmp_path_factory.mktemp("weights") / f"{TEACHER}.safetensors")

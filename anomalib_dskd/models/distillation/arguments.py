@@ -30,6 +30,7 @@ __all__ = [
 DEFAULT_TEACHER = "resnet18.tv_in1k"  # section 4.1.2; timm's own default tag has newer weights
 DEFAULT_IMAGE_SIZE = (256, 256)  # section 4.1.2, for MVTec AD and MVTec 3D-AD
 Schedule = Literal["constant", "one_cycle"]
+LARGEST_SEED = 2**32 - 1  # of NumPy's generator
 PRECISIONS = ("32-true", "64-true", "bf16-mixed", "16-mixed")
 
 
@@ -70,6 +71,9 @@ class TrainingOptions:
         if len(self.betas) != 2 or not all(0 <= beta < 1 for beta in self.betas):  # noqa: PLR2004 - Adam has two
             msg = f"betas {self.betas!r} must be two numbers from 0 up to, not including, 1."
             raise ArgumentError(msg)
+        if self.seed is not None and not (isinstance(self.seed, int) and 0 <= self.seed <= LARGEST_SEED):
+            msg = f"seed {self.seed!r} must be a whole number from 0 to {LARGEST_SEED}, or none to draw anew each time."
+            raise ArgumentError(msg)
         if self.schedule not in get_args(Schedule):
             msg = f"schedule {self.schedule!r} must be {' or '.join(map(repr, get_args(Schedule)))}."
             raise ArgumentError(msg)
@@ -103,6 +107,12 @@ def check_trainer(trainer: Trainer) -> None:
             f"max_epochs {epochs} is no multiple of check_val_every_n_epoch {interval}: the last epochs would have "
             "neither thresholds nor a checkpoint. Change one of them (--trainer.max_epochs, "
             "--trainer.check_val_every_n_epoch)."
+        )
+        raise ArgumentError(msg)
+    if trainer.ckpt_path and trainer.max_steps != -1:
+        msg = (
+            f"max_steps {trainer.max_steps}: with it Lightning counts a resumed checkpoint's epoch twice, and would "
+            "end an epoch early. Give --trainer.max_epochs alone to go on with a training."
         )
         raise ArgumentError(msg)
     if str(trainer.precision) not in PRECISIONS:

@@ -35,6 +35,7 @@ from anomalib_dskd.models.distillation.arguments import (
     number_of_steps,
 )
 from anomalib_dskd.models.distillation.checkpoint import save_atomically
+from anomalib_dskd.models.distillation.seeding import seed_epoch, start_loader_anew
 from anomalib_dskd.models.distillation.torch_model import DistillationModel
 from anomalib_dskd.pre_processing import create_pre_processor
 from anomalib_dskd.quantization import calibration_images, quantize_file
@@ -98,7 +99,7 @@ class DistillationMixin(Base):
             cache_training_images(data, memory=self.options.image_cache)
 
     def on_fit_start(self) -> None:
-        """Load the teacher's weights, unless a checkpoint has brought them, and seed the order of the batches."""
+        """Load the teacher's weights, unless a checkpoint has brought them, and seed what is drawn before an epoch."""
         self.model.to(memory_format=torch.channels_last)  # faster on CPUs with bfloat16 units
         check_trainer(self.trainer)
         if self.model.teacher.weights_origin is None:
@@ -107,12 +108,20 @@ class DistillationMixin(Base):
             seed_everything(self.options.seed, workers=True, verbose=False)
 
     def on_train_start(self) -> None:
-        """Make room for the teacher's features of the training images."""
+        """Order the first batches, and make room for the teacher's features of the training images."""
         loader = _training_loader(self.trainer)
+        if self.options.seed is not None:
+            seed_epoch(self.trainer, loader, self.options.seed)
+            start_loader_anew(self.trainer)
         if self.options.teacher_cache > 0 and is_deterministic(getattr(loader.dataset, "augmentations", None)):
             self.model.teacher_cache = FeatureCache(
                 self.model.teacher, images=_images(loader), memory=self.options.teacher_cache
             )
+
+    def on_train_epoch_start(self) -> None:
+        """Draw the same random numbers in this epoch, whether or not training was stopped before it."""
+        if self.options.seed is not None:
+            seed_epoch(self.trainer, _training_loader(self.trainer), self.options.seed)
 
     def on_train_end(self) -> None:
         """Free the room that the teacher's features took."""

@@ -416,6 +416,8 @@ def test_sixteen_bit_images_are_refused_in_training(tiny_model, tmp_path):
         ({"image_cache": -1.0}, "image_cache -1.0 must be a finite number"),
         ({"batch_norm_images": -1}, "batch_norm_images -1 must be a whole number of images, or 0"),
         ({"batch_norm_images": 1.5}, "batch_norm_images 1.5 must be a whole number"),
+        ({"seed": -1}, "seed -1 must be a whole number from 0 to 4294967295, or none"),
+        ({"seed": 2**32}, "seed 4294967296 must be a whole number"),
         ({"schedule": "cosine"}, "schedule 'cosine' must be 'constant' or 'one_cycle'"),
         ({"learning_rate": 0.0}, "learning_rate 0.0 must be a finite number larger than 0"),
         ({"betas": (0.5, 1.0)}, r"betas \(0.5, 1.0\) must be two numbers"),
