@@ -32,7 +32,7 @@ class NotTrainedError(DskdError, RuntimeError):
 
 
 class DivergedError(DskdError, ArithmeticError):
-    """The training loss is no longer a finite number."""
+    """The training loss or a weight is no longer a finite number."""
 
 
 class CheckpointError(DskdError, OSError):

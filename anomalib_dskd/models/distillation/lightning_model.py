@@ -23,7 +23,7 @@ from anomalib_dskd.components.batch_norm import fresh_statistics
 from anomalib_dskd.components.feature_cache import FeatureCache
 from anomalib_dskd.data.image_cache import cache_training_images, is_deterministic
 from anomalib_dskd.data.image_files import check_depths
-from anomalib_dskd.errors import ArgumentError, DataError, DivergedError, NotTrainedError
+from anomalib_dskd.errors import ArgumentError, DataError, NotTrainedError
 from anomalib_dskd.evaluation import RawScoreEvaluator, keep_raw_scores
 from anomalib_dskd.models.distillation.arguments import (
     DEFAULT_IMAGE_SIZE,
@@ -35,6 +35,7 @@ from anomalib_dskd.models.distillation.arguments import (
     number_of_steps,
 )
 from anomalib_dskd.models.distillation.checkpoint import save_atomically
+from anomalib_dskd.models.distillation.divergence import check_loss, check_weights
 from anomalib_dskd.models.distillation.seeding import seed_epoch, start_loader_anew
 from anomalib_dskd.models.distillation.torch_model import DistillationModel
 from anomalib_dskd.pre_processing import create_pre_processor
@@ -145,33 +146,28 @@ class DistillationMixin(Base):
         check_depths(batch.image_path)
         losses = self.compute_losses(_channels_last(batch))
         total = torch.stack(list(losses.values())).sum()
-        self._check_finite(total, batch, batch_idx)
+        check_loss(self._trainer, total, batch, batch_idx)
         logged = {"train_loss": total, **{f"train_loss_{name}": loss for name, loss in losses.items()}}
         for name, loss in logged.items():
             on_bar = name == "train_loss"
             self.log(name, loss.detach(), on_step=False, on_epoch=True, prog_bar=on_bar, batch_size=batch.batch_size)
         return total
 
-    def _check_finite(self, loss: Tensor, batch: ImageBatch, batch_idx: int) -> None:
-        if not torch.isfinite(loss):
-            files = ", ".join(str(path) for path in batch.image_path or ["of unknown name"])
-            msg = (
-                f"the loss is {loss.item()} in batch {batch_idx} of epoch {self.current_epoch}: training has diverged, "
-                f"and stops before its weights are spoilt further. The batch's images: {files}. The last checkpoint "
-                "is kept. Look at the images, lower learning_rate, or train with --trainer.precision 32-true."
-            )
-            raise DivergedError(msg)
-
     def on_train_batch_end(self, outputs: Any, batch: Any, batch_idx: int) -> None:  # noqa: ANN401, ARG002
         """Note that the students have learnt something, so that results may be asked of them."""
         self.model.is_trained = True
 
     def on_train_epoch_end(self) -> None:
-        """Let the cache take stock; without a validation, make the model fit to be saved here."""
+        """Let the cache take stock; without a validation, make the model fit to be saved here.
+
+        Raises:
+            DivergedError: a weight is not finite.
+        """
         if self.model.teacher_cache is not None:
             self.model.teacher_cache.end_epoch()
         if not self.trainer.enable_validation:
             self._refresh_batch_norm()
+            check_weights(self.model, epoch=self.current_epoch)
 
     def run_students(self, batch: ImageBatch) -> None:
         """Pass a training batch through all that is trained."""
@@ -235,9 +231,15 @@ class DistillationMixin(Base):
     test_step = predict_step = validation_step  # type: ignore[assignment]
 
     def on_validation_start(self) -> None:
-        """Refuse to validate before training; within training, validate the weights as they are."""
+        """Refuse to validate before training; within training, validate the weights as they are.
+
+        Raises:
+            NotTrainedError: training has not begun.
+            DivergedError: within training, a weight is not finite.
+        """
         if self.trainer.state.fn == TrainerFn.FITTING:
             self._refresh_batch_norm()
+            check_weights(self.model, epoch=self.current_epoch)
         else:
             self._require_training("validate")
 
@@ -319,6 +321,15 @@ class DistillationMixin(Base):
             raise NotTrainedError(msg)
 
     # --- anomalib's contract ------------------------------------------------------------------------------------
+
+    def on_save_checkpoint(self, checkpoint: dict[str, Any]) -> None:
+        """Save as anomalib does, but no weights that are not finite: they would take a good checkpoint's place.
+
+        Raises:
+            DivergedError: a weight is not finite.
+        """
+        check_weights(self.model, epoch=self.current_epoch)
+        super().on_save_checkpoint(checkpoint)
 
     def on_load_checkpoint(self, checkpoint: dict[str, Any]) -> None:
         """Refuse a checkpoint that was trained with other arguments than this model was built with."""

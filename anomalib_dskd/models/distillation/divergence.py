@@ -1,0 +1,56 @@
+"""Noticing that a training has diverged, before a good checkpoint is overwritten."""
+
+from itertools import chain
+
+import torch
+from anomalib.data import ImageBatch
+from lightning import Trainer
+from torch import Tensor, nn
+
+from anomalib_dskd.errors import DivergedError
+
+__all__ = ["check_loss", "check_weights"]
+
+ADVICE = (
+    "Training has diverged, and stops before the last checkpoint is overwritten. Look at the images, lower "
+    "learning_rate, or train with --trainer.precision 32-true, from that checkpoint or anew."
+)
+
+
+def check_loss(trainer: Trainer | None, loss: Tensor, batch: ImageBatch, batch_idx: int) -> None:
+    """Raise in all processes if the loss is not finite in one: those that went on would wait for it for ever.
+
+    Args:
+        trainer: knows the other processes; none are asked without it.
+        loss: a number.
+        batch: what it is the loss of.
+        batch_idx: the batch's place in the epoch.
+
+    Raises:
+        DivergedError: the loss is not finite here or in another process.
+    """
+    is_finite = bool(torch.isfinite(loss))
+    if is_finite if trainer is None else trainer.strategy.reduce_boolean_decision(is_finite):
+        return
+    files = ", ".join(str(path) for path in batch.image_path or ["of unknown name"])
+    place = f"batch {batch_idx} of epoch {trainer.current_epoch if trainer is not None else 0}"
+    found = f"in another process's part of {place}" if is_finite else f"{loss.item()} in {place}"
+    msg = f"the loss is {'not finite ' if is_finite else ''}{found}. The batch's images: {files}. {ADVICE}"
+    raise DivergedError(msg)
+
+
+def check_weights(model: nn.Module, *, epoch: int) -> None:
+    """Raise unless all that a model has learnt is finite: no loss has seen yet what an epoch's last step did.
+
+    Args:
+        model: its ``teacher`` is left out.
+        epoch: for the message.
+
+    Raises:
+        DivergedError: a weight or a batch norm's statistic is not finite.
+    """
+    tensors = chain(model.named_parameters(), model.named_buffers())
+    spoilt = [name for name, values in tensors if not name.startswith("teacher.") and not values.isfinite().all()]
+    if spoilt:
+        msg = f"the weights are not finite in epoch {epoch}: {len(spoilt)} tensors, the first {spoilt[0]!r}. {ADVICE}"
+        raise DivergedError(msg)
