@@ -90,18 +90,19 @@ class DistillationMixin(Base):
     # --- training -----------------------------------------------------------------------------------------------
 
     def setup(self, stage: str) -> None:
-        """Prepare for training: how checkpoints are saved, and images that are decoded once."""
+        """Prepare for training: how checkpoints are saved, how weights lie, and images that are decoded once."""
         super().setup(stage)
         if stage != TrainerFn.FITTING:
             return
         save_atomically(self.trainer)
+        # faster on CPUs with bfloat16 units; now, because several processes exchange gradients as the weights lie
+        self.model.to(memory_format=torch.channels_last)
         data = getattr(self.trainer, "datamodule", None)
         if isinstance(data, AnomalibDataModule):
             cache_training_images(data, memory=self.options.image_cache)
 
     def on_fit_start(self) -> None:
         """Load the teacher's weights, unless a checkpoint has brought them, and seed what is drawn before an epoch."""
-        self.model.to(memory_format=torch.channels_last)  # faster on CPUs with bfloat16 units
         check_trainer(self.trainer)
         if self.model.teacher.weights_origin is None:
             self.load_teacher_weights()
@@ -150,7 +151,15 @@ class DistillationMixin(Base):
         logged = {"train_loss": total, **{f"train_loss_{name}": loss for name, loss in losses.items()}}
         for name, loss in logged.items():
             on_bar = name == "train_loss"
-            self.log(name, loss.detach(), on_step=False, on_epoch=True, prog_bar=on_bar, batch_size=batch.batch_size)
+            self.log(
+                name,
+                loss.detach(),
+                on_step=False,
+                on_epoch=True,
+                prog_bar=on_bar,
+                batch_size=batch.batch_size,
+                sync_dist=True,
+            )
         return total
 
     def on_train_batch_end(self, outputs: Any, batch: Any, batch_idx: int) -> None:  # noqa: ANN401, ARG002
