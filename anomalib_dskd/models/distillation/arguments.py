@@ -8,6 +8,7 @@ from typing import Any, Literal, get_args
 
 from anomalib.pre_processing import PreProcessor
 from lightning import Trainer
+from lightning.pytorch.plugins import MixedPrecision
 from torch import nn
 
 from anomalib_dskd.components.backbone import full_name
@@ -22,6 +23,7 @@ __all__ = [
     "TrainingOptions",
     "check_not_negative",
     "check_trainer",
+    "may_be_fused",
     "meaning",
     "number_of_steps",
     "resolve_pre_processor",
@@ -97,6 +99,16 @@ def number_of_steps(trainer: Trainer) -> int:
         msg = "schedule 'one_cycle' needs to know the end: give --trainer.max_epochs or --trainer.max_steps."
         raise ArgumentError(msg)
     return int(steps)
+
+
+def may_be_fused(trainer: Trainer | None) -> bool:
+    """Return whether Lightning takes a fused optimiser: not where gradients are clipped under autocast.
+
+    It refuses one there even in bfloat16, where no scaled gradients are to be unscaled first.
+    """
+    if trainer is None or not trainer.gradient_clip_val:
+        return True
+    return not isinstance(trainer.precision_plugin, MixedPrecision)
 
 
 def check_trainer(trainer: Trainer) -> None:

@@ -31,6 +31,7 @@ from anomalib_dskd.models.distillation.arguments import (
     TRAINING_ONLY,
     TrainingOptions,
     check_trainer,
+    may_be_fused,
     meaning,
     number_of_steps,
 )
@@ -215,7 +216,7 @@ class DistillationMixin(Base):
             lr=self.options.learning_rate,
             betas=self.options.betas,
             weight_decay=self.options.weight_decay,
-            fused=True,  # the same arithmetic in one pass over the weights
+            fused=may_be_fused(self._trainer),  # the same arithmetic in one pass over the weights
         )
         if self.options.schedule == "constant":
             return optimizer

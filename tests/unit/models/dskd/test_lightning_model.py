@@ -110,6 +110,25 @@ def test_schedule_sets_the_rate_of_every_step(schedule, rates, magnetic_tile_roo
     assert {betas for _, betas in seen} == {(0.5, 0.999)}
 
 
+@pytest.mark.parametrize(("precision", "fused"), [("32-true", True), ("bf16-mixed", False)])
+def test_gradients_can_be_clipped_in_every_precision(precision, fused, magnetic_tile_root, teacher_weights, tmp_path):
+    norms = []
+
+    class Record(Callback):
+        def on_train_start(self, trainer, pl_module):  # noqa: ARG002
+            (optimizer,) = trainer.optimizers
+            assert optimizer.defaults["fused"] is fused
+            optimizer.register_step_post_hook(note_norm)
+
+    def note_norm(optimizer, *_):
+        gradients = [values.grad for values in optimizer.param_groups[0]["params"]]
+        norms.append(float(torch.nn.utils.get_total_norm(gradients)))
+
+    trainer = {"precision": precision, "gradient_clip_val": 1e-3, "limit_val_batches": 0, "callbacks": [Record()]}
+    trained_anew(tmp_path, magnetic_tile_root, teacher_weights, trainer=trainer)
+    assert norms == [pytest.approx(1e-3, rel=1e-2)] * 4
+
+
 def test_one_cycle_wants_an_end(magnetic_tile_root, teacher_weights, tmp_path):
     trainer = {"max_epochs": -1, "limit_val_batches": 0}
     with pytest.raises(ArgumentError, match="schedule 'one_cycle' needs to know the end"):
