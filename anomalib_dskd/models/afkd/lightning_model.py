@@ -60,11 +60,12 @@ class Afkd(DistillationMixin, AnomalibModule):
             evaluation within training; 0 keeps the running averages. Default, our choice: 256, as in DSKD.
         teacher_cache: GiB of memory for the teacher's features of the training images, which are the same in each
             epoch; what needs more is kept in a temporary file. 0 computes them in each epoch, as happens with
-            random augmentations and on a GPU. Default, our choice: 1.
+            augmentations that may be random and on a GPU. Default, our choice: 1.
         image_cache: GiB of memory for decoded, resized training images; those beyond, and all of them with random
             augmentations, are decoded in each epoch. Default, our choice: 1.
-        seed: initialise what is trained, and order the batches, from this number. A training that is resumed orders
-            its batches anew. Default, anomalib's: unseeded.
+        seed: initialise what is trained, and draw all random numbers of an epoch, such as the order of its batches,
+            from this number and the epoch's. A training that is resumed then ends as if it had never been stopped.
+            Default, anomalib's: unseeded; each training, and each that is resumed, has an order of its own.
         pre_processor: as in every anomalib model.
         post_processor: as in every anomalib model.
         evaluator: as in every anomalib model. Default: :class:`~anomalib_dskd.evaluation.RawScoreEvaluator`.

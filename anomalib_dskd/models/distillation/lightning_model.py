@@ -177,7 +177,12 @@ class DistillationMixin(Base):
             self.model.teacher_cache.end_epoch()
         if not self.trainer.enable_validation:
             self._refresh_batch_norm()
-            check_weights(self.model, epoch=self.current_epoch)
+            self._check_weights()
+
+    def _check_weights(self) -> None:
+        for trained in (self.model, *(getattr(self, name) for name in self.training_parts)):
+            if isinstance(trained, nn.Module):
+                check_weights(trained, epoch=self.current_epoch)
 
     def run_students(self, batch: ImageBatch) -> None:
         """Pass a training batch through all that is trained."""
@@ -249,7 +254,7 @@ class DistillationMixin(Base):
         """
         if self.trainer.state.fn == TrainerFn.FITTING:
             self._refresh_batch_norm()
-            check_weights(self.model, epoch=self.current_epoch)
+            self._check_weights()
         else:
             self._require_training("validate")
 
@@ -338,7 +343,7 @@ class DistillationMixin(Base):
         Raises:
             DivergedError: a weight is not finite.
         """
-        check_weights(self.model, epoch=self.current_epoch)
+        self._check_weights()
         super().on_save_checkpoint(checkpoint)
 
     def on_load_checkpoint(self, checkpoint: dict[str, Any]) -> None:
