@@ -8,7 +8,7 @@ import hashlib
 import importlib.util
 import os
 import re
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -66,7 +66,8 @@ class TeacherWeights:
         full = timm.create_model(backbone.name, pretrained=False).state_dict()
         if self.by_order:
             loaded = _rename_by_order(loaded, full, self.path)
-        _check_fit(loaded, full, backbone, self.path)
+        needed = [key for key in backbone.network.state_dict() if OPTIONAL not in key]
+        _check_fit(loaded, full, backbone.name, self.path, needed=needed, layers=backbone.layers)
         by_canonical = {_canonical(key): tensor for key, tensor in loaded.items()}
         own = backbone.network.state_dict()
         backbone.network.load_state_dict({key: by_canonical.get(_canonical(key), own[key]) for key in own})
@@ -74,25 +75,19 @@ class TeacherWeights:
     def completed(self, architecture: str) -> dict[str, Tensor]:
         """Return a whole architecture's tensors by timm's names, NaN where the file has none.
 
-        For loaders that insist on layers that no feature level reaches.
+        For loaders that insist on layers that no feature level reaches. A classifier of another width counts as none.
 
         Raises:
-            TeacherWeightsError: file missing or unreadable, or it has tensors that the architecture does not know.
+            TeacherWeightsError: file missing or unreadable, or its keys or shapes do not fit the architecture.
         """
         loaded = _read(self.path)
         full = timm.create_model(architecture, pretrained=False).state_dict()
+        _check_fit(loaded, full, architecture, self.path)
         by_canonical = {_canonical(key): tensor for key, tensor in loaded.items()}
-        known = {_canonical(key): tensor.shape for key, tensor in full.items()}
-        strange = [key for key, tensor in loaded.items() if known.get(_canonical(key)) != tensor.shape]
-        if strange:
-            msg = (
-                f"weights {str(self.path)!r} do not fit {architecture!r}: it does not know, or in another shape, "
-                f"{_some(strange)}. Give the file that belongs to this architecture."
-            )
-            raise TeacherWeightsError(msg)
         for key, tensor in full.items():
-            if _canonical(key) in by_canonical:
-                full[key] = by_canonical[_canonical(key)]
+            given = by_canonical.get(_canonical(key))
+            if given is not None and given.shape == tensor.shape:
+                full[key] = given
             elif tensor.is_floating_point():
                 tensor.fill_(torch.nan)
         return full
@@ -267,11 +262,18 @@ def _rename_by_order(loaded: dict[str, Tensor], full: dict[str, Tensor], path: P
     return dict(zip(names, tensors, strict=True))
 
 
-def _check_fit(loaded: dict[str, Tensor], full: dict[str, Tensor], backbone: Backbone, path: Path) -> None:
-    """Raise unless ``loaded`` has all that ``backbone`` uses and nothing that its architecture does not know."""
+def _check_fit(
+    loaded: dict[str, Tensor],
+    full: dict[str, Tensor],
+    name: str,
+    path: Path,
+    *,
+    needed: Sequence[str] = (),
+    layers: Sequence[int] = (),
+) -> None:
+    """Raise unless ``loaded`` has all that is needed, and nothing that the whole architecture does not know."""
     given = {_canonical(key) for key in loaded}
-    needed = [key for key in backbone.network.state_dict() if OPTIONAL not in key]
-    head = _classifier(backbone.name)
+    head = _classifier(name)
     missing = [key for key in needed if _canonical(key) not in given]
     legal = {_canonical(key): tensor.shape for key, tensor in full.items()}
     unknown = [key for key in loaded if _canonical(key) not in legal]
@@ -283,10 +285,10 @@ def _check_fit(loaded: dict[str, Tensor], full: dict[str, Tensor], backbone: Bac
     faults = {"missing": missing, "unknown to it": unknown, "of another shape": misshapen}
     if any(faults.values()):
         parts = "; ".join(f"{len(keys)} {fault}: {_some(keys)}" for fault, keys in faults.items() if keys)
+        with_layers = f" with layers {list(layers)}" if layers else ""
         msg = (
-            f"teacher weights {str(path)!r} do not fit the teacher {backbone.name!r} with layers "
-            f"{list(backbone.layers)}: {parts}. Give the file that belongs to this teacher, or the teacher that "
-            "belongs to this file."
+            f"teacher weights {str(path)!r} do not fit the teacher {name!r}{with_layers}: {parts}. Give the file that "
+            "belongs to this teacher, or the teacher that belongs to this file."
         )
         raise TeacherWeightsError(msg)
 

@@ -56,6 +56,24 @@ def test_layers_that_the_file_lacks_are_nan_and_every_tag_has_them(partial_weigh
     assert torch.equal(state["conv1.0.weight"], load_file(partial_weights)["conv1.0.weight"])
 
 
+def test_a_classifier_of_another_width_counts_as_none(tmp_path):
+    model = timm.create_model(ARCHITECTURE, pretrained=False, num_classes=3)
+    save_file(model.state_dict(), tmp_path / "tuned.safetensors")
+    write_hub_cache({ARCHITECTURE: str(tmp_path / "tuned.safetensors")}, tmp_path / "cache")
+    state = load_file(next((tmp_path / "cache").rglob("model.safetensors")))
+    assert state["fc.weight"].shape[0] == 1000
+    assert state["fc.weight"].isnan().all()
+    assert torch.equal(state["conv1.0.weight"], model.state_dict()["conv1.0.weight"])
+
+
+def test_weights_of_another_shape_are_refused(partial_weights, tmp_path):
+    state = load_file(partial_weights)
+    state["layer3.0.conv1.weight"] = state["layer3.0.conv1.weight"].repeat(2, 1, 1, 1)
+    save_file(state, tmp_path / "wide.safetensors")
+    with pytest.raises(TeacherWeightsError, match="1 of another shape: layer3.0.conv1.weight"):
+        write_hub_cache({ARCHITECTURE: str(tmp_path / "wide.safetensors")}, tmp_path)
+
+
 def test_weights_are_described_by_their_hash(partial_weights):
     (described,) = describe_weights({ARCHITECTURE: str(partial_weights)})
     assert described["name"] == ARCHITECTURE
@@ -73,7 +91,9 @@ def test_unknown_architectures_are_refused(architecture, message, partial_weight
 
 
 def test_weights_of_another_architecture_are_refused(partial_weights, tmp_path):
-    with pytest.raises(TeacherWeightsError, match="partial.safetensors' do not fit 'test_vit'"):
+    with pytest.raises(
+        TeacherWeightsError, match="partial.safetensors' do not fit the teacher 'test_vit': 72 unknown to it: bn1"
+    ):
         write_hub_cache({"test_vit": str(partial_weights)}, tmp_path)
     with pytest.raises(TeacherWeightsError, match="'gone.pth' does not exist"):
         write_hub_cache({ARCHITECTURE: "gone.pth"}, tmp_path)
