@@ -12,8 +12,9 @@ ALLOWED = {  # what may import what; `errors` may be imported by all
     "data": {"data"},
     "weights": {"components"},
     "evaluation": set(),
+    "post_processing": set(),
     "pre_processing": set(),
-    "models": {"components", "data", "evaluation", "models", "pre_processing", "weights"},
+    "models": {"components", "data", "evaluation", "models", "post_processing", "pre_processing", "weights"},
     "cli": {"benchmark", "data"},
     "benchmark": {"benchmark", "data", "evaluation", "weights"},  # models by their names in a configuration
 }
