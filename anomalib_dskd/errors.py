@@ -8,6 +8,7 @@ __all__ = [
     "DskdError",
     "NotTrainedError",
     "TeacherWeightsError",
+    "UnsafeImageError",
 ]
 
 
@@ -25,6 +26,10 @@ class TeacherWeightsError(DskdError):
 
 class DataError(DskdError):
     """A file or folder of a data set is missing, unreadable or not laid out as expected."""
+
+
+class UnsafeImageError(DataError):
+    """An image file must not be decoded: it would take too much memory, or run a program."""
 
 
 class NotTrainedError(DskdError, RuntimeError):

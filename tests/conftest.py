@@ -1,7 +1,9 @@
 """Small real inputs that need no network: a tiny timm teacher, crops of scikit-image's photographs."""
 
 import os
+import struct
 import warnings
+import zlib
 from pathlib import Path
 
 os.environ["HF_HUB_OFFLINE"] = "1"  # before anything imports huggingface_hub
@@ -15,12 +17,17 @@ import pytest
 import skimage.data
 import timm
 import torch
+from hypothesis import settings
 from PIL import Image
 from safetensors.torch import save_file
 
 from anomalib_dskd import Dskd
 
 torch.set_num_threads(1)  # the networks are tiny: threads would cost more than they bring
+
+# the same examples each time, on machines of any speed
+settings.register_profile("repeatable", derandomize=True, deadline=None, print_blob=False)
+settings.load_profile("repeatable")
 
 TEACHER = "test_resnet.r160_in1k"  # timm's smallest ResNet: 0.5 M parameters
 
@@ -42,6 +49,21 @@ def differing(first: dict, second: dict) -> list[str]:
         if not same:
             names.add(name)
     return sorted(names)
+
+
+def write_bomb(path: Path, width: int, height: int) -> Path:
+    """Write a valid black PNG of one bit a pixel: a few kilobytes that unpack to gigabytes."""
+
+    def chunk(kind: bytes, content: bytes) -> bytes:
+        return struct.pack(">I", len(content)) + kind + content + struct.pack(">I", zlib.crc32(kind + content))
+
+    compressor = zlib.compressobj(1)
+    rows = min(height, 1000)
+    block = bytes(1 + (width + 7) // 8) * rows
+    packed = b"".join(compressor.compress(block) for _ in range(height // rows)) + compressor.flush()
+    header = struct.pack(">IIBBBBB", width, height, 1, 0, 0, 0, 0)
+    path.write_bytes(b"\x89PNG\r\n\x1a\n" + chunk(b"IHDR", header) + chunk(b"IDAT", packed) + chunk(b"IEND", b""))
+    return path
 
 
 @pytest.fixture(scope="session")

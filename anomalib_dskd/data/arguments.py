@@ -1,10 +1,27 @@
-"""Checks of arguments that our data modules share."""
+"""Checks of data modules' arguments."""
 
+from pathlib import PureWindowsPath
+
+from anomalib.data import AnomalibDataModule
 from anomalib.data.utils import ValSplitMode
 
 from anomalib_dskd.errors import ArgumentError
 
-__all__ = ["check_seed", "check_val_split_mode"]
+__all__ = ["check_names", "check_seed", "check_val_split_mode"]
+
+
+def check_names(data: AnomalibDataModule) -> None:
+    """Raise unless results stay in their folder: anomalib names folders after the data set and its category.
+
+    Raises:
+        ArgumentError: a name that leads elsewhere.
+    """
+    for what in ("name", "category"):
+        value = str(getattr(data, what, None) or "")
+        path = PureWindowsPath(value)  # which knows both kinds of separators
+        if path.anchor or ".." in path.parts:
+            msg = f"{what} {value!r} of the data would put results outside of their folder. Give a name, not a path."
+            raise ArgumentError(msg)
 
 
 def check_seed(seed: int) -> None:

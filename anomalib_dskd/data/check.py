@@ -14,7 +14,8 @@ from anomalib.data import AnomalibDataModule
 from numpy.typing import NDArray
 from PIL import ExifTags, Image
 
-from anomalib_dskd.data.image_files import READABLE_ERRORS, is_deep
+from anomalib_dskd.data.image_files import READABLE_ERRORS, is_deep, open_image
+from anomalib_dskd.errors import UnsafeImageError
 
 __all__ = ["Finding", "Severity", "check_data", "check_splits"]
 
@@ -187,7 +188,7 @@ def _has_masks(data: AnomalibDataModule) -> bool:
 def _look_at_image(path: str, findings: _Findings) -> _Picture | None:
     """Note how an image will be read; return what it is compared by, unless it cannot be read."""
     try:
-        with Image.open(path) as image:
+        with open_image(path) as image:
             if getattr(image, "n_frames", 1) > 1:
                 findings.add("warning", "frames", "has more than one frame; the first alone is read", path)
             if image.getexif().get(ExifTags.Base.Orientation, UPRIGHT) != UPRIGHT:
@@ -203,6 +204,9 @@ def _look_at_image(path: str, findings: _Findings) -> _Picture | None:
                 severity, text = ALPHA
                 findings.add(severity, "mode-transparency", text, path)
             colours = image.convert("RGB")
+    except UnsafeImageError as error:
+        findings.add("error", "unsafe", str(error).removeprefix(f"image {path!r} ").removesuffix("."), path)
+        return None
     except READABLE_ERRORS as error:
         reason = str(error).replace(f" {path!r}", "").replace(path, "it") or type(error).__name__
         findings.add("error", "unreadable", f"cannot be read: {reason}. Replace or remove it", path)
@@ -226,10 +230,14 @@ def _look_at_mask(sample: _Sample, picture: _Picture | None, findings: _Findings
             findings.add("error", "no-mask", text, sample.image)
         return
     try:
-        with Image.open(sample.mask) as image:
+        with open_image(sample.mask) as image:
             mask = np.asarray(image.convert("L"))
     except FileNotFoundError:
         findings.add("error", "no-mask", "is the mask of a defective image, and is not there", sample.mask)
+        return
+    except UnsafeImageError as error:
+        text = str(error).removeprefix(f"image {sample.mask!r} ").removesuffix(".")
+        findings.add("error", "unsafe", text, sample.mask)
         return
     except READABLE_ERRORS as error:
         findings.add("error", "unreadable-mask", f"is a mask that cannot be read: {type(error).__name__}", sample.mask)

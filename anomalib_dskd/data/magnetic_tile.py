@@ -14,12 +14,11 @@ from anomalib.data.dataclasses import ImageItem
 from anomalib.data.datasets.base import AnomalibDataset
 from anomalib.data.utils import Split, ValSplitMode
 from pandas import DataFrame
-from PIL import Image
 from torchvision.transforms.v2 import Transform
 from torchvision.tv_tensors import Mask
 
 from anomalib_dskd.data.arguments import check_seed, check_val_split_mode
-from anomalib_dskd.data.image_files import READABLE_ERRORS, read_named_image
+from anomalib_dskd.data.image_files import READABLE_ERRORS, open_image, read_named_image
 from anomalib_dskd.errors import ArgumentError, DataError
 
 __all__ = ["DEFECTS", "MagneticTile", "MagneticTileDataset"]
@@ -201,7 +200,7 @@ def _check_layout(root: Path) -> None:
 
 def _read_mask(path: str) -> torch.Tensor:
     try:
-        with Image.open(path) as image:
+        with open_image(path) as image:
             pixels = np.asarray(image.convert("L"))
     except READABLE_ERRORS as error:
         msg = f"mask {path!r} cannot be read: {error}. Restore the published file."

@@ -12,6 +12,7 @@ from anomalib.data import AnomalibDataModule, ImageBatch, InferenceBatch
 from anomalib.deploy import CompressionType
 from anomalib.metrics import Evaluator
 from anomalib.models.components import AnomalibModule
+from anomalib.post_processing import PostProcessor
 from anomalib.pre_processing import PreProcessor
 from lightning import Trainer, seed_everything
 from lightning.pytorch.trainer.states import TrainerFn
@@ -21,8 +22,9 @@ from torch.utils.data import DataLoader
 
 from anomalib_dskd.components.batch_norm import fresh_statistics
 from anomalib_dskd.components.feature_cache import FeatureCache
+from anomalib_dskd.data.arguments import check_names
 from anomalib_dskd.data.image_cache import cache_training_images, is_deterministic
-from anomalib_dskd.data.image_files import check_depths
+from anomalib_dskd.data.image_files import check_data_files, check_headers, dataset_paths
 from anomalib_dskd.errors import ArgumentError, DataError, NotTrainedError
 from anomalib_dskd.evaluation import RawScoreEvaluator, keep_raw_scores
 from anomalib_dskd.models.distillation.arguments import (
@@ -37,14 +39,23 @@ from anomalib_dskd.models.distillation.arguments import (
 )
 from anomalib_dskd.models.distillation.checkpoint import save_atomically
 from anomalib_dskd.models.distillation.divergence import check_loss, check_weights
+from anomalib_dskd.models.distillation.images import check_images, warn_of_flat_images
 from anomalib_dskd.models.distillation.seeding import seed_epoch, start_loader_anew
 from anomalib_dskd.models.distillation.torch_model import DistillationModel
+from anomalib_dskd.post_processing import NormalQuantilePostProcessor
 from anomalib_dskd.pre_processing import create_pre_processor
 from anomalib_dskd.quantization import calibration_images, quantize_file
 from anomalib_dskd.weights import find_teacher_weights
 
 __all__ = ["DistillationMixin", "seeded"]
 
+SPLITS = {
+    TrainerFn.FITTING: ("train", "val"),
+    TrainerFn.VALIDATING: ("val",),
+    TrainerFn.TESTING: ("test",),
+    TrainerFn.PREDICTING: ("test",),
+}
+"""What is read of a data module in each stage."""
 ONNX_OPSET = 18  # torch's exporter writes it; asked for an older one, as anomalib does, it tries to convert and fails
 
 if TYPE_CHECKING:  # anomalib finds models among the direct subclasses of AnomalibModule: this can only stand beside it
@@ -91,16 +102,21 @@ class DistillationMixin(Base):
     # --- training -----------------------------------------------------------------------------------------------
 
     def setup(self, stage: str) -> None:
-        """Prepare for training: how checkpoints are saved, how weights lie, and images that are decoded once."""
+        """Look at the headers of a data module's images before any is decoded, and prepare a training.
+
+        That is how checkpoints are saved, how weights lie, and images that are decoded once.
+        """
         super().setup(stage)
-        if stage != TrainerFn.FITTING:
-            return
-        save_atomically(self.trainer)
-        # faster on CPUs with bfloat16 units; now, because several processes exchange gradients as the weights lie
-        self.model.to(memory_format=torch.channels_last)
         data = getattr(self.trainer, "datamodule", None)
         if isinstance(data, AnomalibDataModule):
-            cache_training_images(data, memory=self.options.image_cache)
+            check_names(data)
+            check_data_files(data, SPLITS[TrainerFn(stage)])
+            if stage == TrainerFn.FITTING:
+                cache_training_images(data, memory=self.options.image_cache)
+        if stage == TrainerFn.FITTING:
+            save_atomically(self.trainer)
+            # faster on CPUs with bfloat16 units; now, because several processes exchange gradients as the weights lie
+            self.model.to(memory_format=torch.channels_last)
 
     def on_fit_start(self) -> None:
         """Load the teacher's weights, unless a checkpoint has brought them, and seed what is drawn before an epoch."""
@@ -145,7 +161,7 @@ class DistillationMixin(Base):
         Raises:
             DivergedError: the loss is not finite.
         """
-        check_depths(batch.image_path)
+        _look_at(batch)
         losses = self.compute_losses(_channels_last(batch))
         total = torch.stack(list(losses.values())).sum()
         check_loss(self._trainer, total, batch, batch_idx)
@@ -235,9 +251,26 @@ class DistillationMixin(Base):
 
     # --- evaluation ---------------------------------------------------------------------------------------------
 
+    def forward(self, batch: Tensor, *_: Any, **__: Any) -> InferenceBatch:  # noqa: ANN401 - anomalib's signature
+        """Map images as they were read to normalised scores, maps and labels, as exported models do.
+
+        Args:
+            batch: images ``(B, 3, H, W)`` of any height and width, from 0 to 1.
+
+        Returns:
+            ``pred_score`` and ``pred_label`` ``(B, 1)``, ``anomaly_map`` and ``pred_mask`` ``(B, 1, H', W')`` of the
+            size that the pre-processor resizes to.
+
+        Raises:
+            ArgumentError: another shape, type or range.
+        """
+        if not torch.compiler.is_exporting():
+            check_images(batch, self.pre_processor)
+        return super().forward(batch)
+
     def validation_step(self, batch: ImageBatch, batch_idx: int, dataloader_idx: int = 0) -> ImageBatch:  # type: ignore[override] # noqa: ARG002
         """Put map ``(B, 1, H, W)`` and score ``(B, 1)`` on the batch."""
-        check_depths(batch.image_path)
+        _look_at(batch)
         predictions: InferenceBatch = self.model(batch.image)
         keep_raw_scores(batch, predictions, largest=self.model.largest_score)
         batch.update(**predictions._asdict())
@@ -263,8 +296,9 @@ class DistillationMixin(Base):
         self._require_training("test")
 
     def on_predict_start(self) -> None:
-        """Refuse to predict before training."""
+        """Refuse to predict before training, or from images that are not read as they are."""
         self._require_training("predict")
+        check_headers(dataset_paths(self.trainer.predict_dataloaders))  # before they are decoded
 
     def to_torch(self, *args: Any, **kwargs: Any) -> Path:  # noqa: ANN401 - passed on
         """Export as anomalib does, once trained."""
@@ -388,6 +422,10 @@ class DistillationMixin(Base):
         """Return the default pre-processing for a teacher."""
         return create_pre_processor(teacher, image_size or DEFAULT_IMAGE_SIZE)
 
+    def configure_post_processor(self) -> PostProcessor:
+        """Return the default post-processing, whose thresholds need no defects."""
+        return NormalQuantilePostProcessor()
+
     @staticmethod
     def configure_evaluator() -> Evaluator:
         """Return the paper's figures on unclamped scores."""
@@ -400,6 +438,12 @@ def _training_loader(trainer: Trainer) -> DataLoader[Any]:
         msg = f"training images come from {type(loader).__name__}. Legal is one torch DataLoader."
         raise DataError(msg)
     return loader
+
+
+def _look_at(batch: ImageBatch) -> None:
+    """Refuse images that were not read as they are, and name those that show nothing."""
+    check_headers(batch.image_path)
+    warn_of_flat_images(torch.as_tensor(batch.image), batch.image_path)
 
 
 def _channels_last(batch: ImageBatch) -> ImageBatch:

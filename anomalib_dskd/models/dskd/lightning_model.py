@@ -71,7 +71,8 @@ class Dskd(DistillationMixin, AnomalibModule):
             from this number and the epoch's. A training that is resumed then ends as if it had never been stopped.
             Default, anomalib's: unseeded; each training, and each that is resumed, has an order of its own.
         pre_processor: as in every anomalib model.
-        post_processor: as in every anomalib model.
+        post_processor: as in every anomalib model. Default:
+            :class:`~anomalib_dskd.post_processing.NormalQuantilePostProcessor`, which says what a score of 0.5 means.
         evaluator: as in every anomalib model. Default: :class:`~anomalib_dskd.evaluation.RawScoreEvaluator`.
         visualizer: as in every anomalib model.
 

@@ -11,6 +11,7 @@ from PIL import Image
 
 from anomalib_dskd import MagneticTile
 from anomalib_dskd.data.check import check_data, check_splits
+from tests.conftest import write_bomb
 
 SIDE = 48
 
@@ -95,6 +96,22 @@ BREAK = {
     "16 bits": (
         lambda r: save(r, "good/00.png", Image.fromarray((ramp() * 200).astype(np.uint16))),
         {"deep": ("error", ["00.png"])},
+    ),
+    "100 million pixels": (
+        lambda r: write_bomb(r / "good/00.png", 10_000, 10_000),
+        {"unsafe": ("error", ["00.png"])},
+    ),
+    "a decompression bomb": (
+        lambda r: write_bomb(r / "bad/1.png", 50_000, 50_000),
+        {"unsafe": ("error", ["1.png"])},
+    ),
+    "a mask with too many pixels": (
+        lambda r: write_bomb(r / "mask/0.png", 50_000, 50_000),
+        {"unsafe": ("error", ["0.png"])},
+    ),
+    "a program": (
+        lambda r: save(r, "good/00.png", picture(0), format="EPS"),
+        {"unsafe": ("error", ["00.png"])},
     ),
     "32 bits": (
         lambda r: save(r, "good/00.tiff", Image.fromarray(ramp().astype(np.int32))),

@@ -1,13 +1,23 @@
 import re
+import resource
+from types import SimpleNamespace
 
 import numpy as np
+import pandas as pd
 import pytest
 import torch
 from anomalib.data.utils import read_image
 from PIL import Image
 
-from anomalib_dskd.data.image_files import check_depth, check_depths, read_named_image
-from anomalib_dskd.errors import DataError
+from anomalib_dskd.data.image_files import (
+    check_data_files,
+    check_header,
+    check_headers,
+    dataset_paths,
+    read_named_image,
+)
+from anomalib_dskd.errors import DataError, UnsafeImageError
+from tests.conftest import write_bomb
 
 RGB = np.random.default_rng(0).integers(0, 256, size=(16, 20, 3), dtype=np.uint8)
 DEEP = np.linspace(300, 60_000, 16 * 20).reshape(16, 20)
@@ -41,7 +51,7 @@ def test_more_than_8_bits_are_refused_with_the_files_name(tmp_path, name, dtype)
     path = write_deep(tmp_path / name, dtype)
     message = f"image {re.escape(repr(str(path)))} has more than 8 bits a channel .* Convert the data set to 8 bits"
     with pytest.raises(DataError, match=message):
-        check_depth(path)
+        check_header(path)
     with pytest.raises(DataError, match=message):
         read_named_image(path)
 
@@ -50,28 +60,28 @@ def test_a_refused_file_is_refused_every_time(tmp_path):
     path = write_deep(tmp_path / "gray16.png", np.uint16)
     for _ in range(2):
         with pytest.raises(DataError, match="more than 8 bits"):
-            check_depth(path)
+            check_header(path)
 
 
 def test_one_deep_file_in_a_batch_is_refused(tmp_path):
     Image.fromarray(RGB).save(tmp_path / "shallow.png")
     deep = write_deep(tmp_path / "deep.png", np.uint16)
     with pytest.raises(DataError, match=r"deep\.png' has more than 8 bits"):
-        check_depths([str(tmp_path / "shallow.png"), str(deep)])
+        check_headers([str(tmp_path / "shallow.png"), str(deep)])
 
 
 @pytest.mark.parametrize("paths", [None, []])
 def test_a_batch_without_file_names_is_accepted(paths):
-    assert check_depths(paths) is None
+    assert check_headers(paths) is None
 
 
 def test_the_depth_of_an_unreadable_file_is_left_to_its_reader(tmp_path):
     (tmp_path / "text.png").write_text("no image")
-    assert check_depth(tmp_path / "text.png") is None
-    assert check_depth(tmp_path / "missing.png") is None
+    assert check_header(tmp_path / "text.png") is None
+    assert check_header(tmp_path / "missing.png") is None
 
 
-# When this fails, anomalib reads 16-bit images properly, and `check_depth` is no longer needed.
+# When this fails, anomalib reads 16-bit images properly, and `check_header` is no longer needed.
 def test_anomalib_still_reads_16_bits_as_all_white(tmp_path):
     path = write_deep(tmp_path / "gray16.png", np.uint16)
     assert DEEP.min() < DEEP.max()
@@ -149,3 +159,74 @@ def test_a_missing_image_is_named(tmp_path):
     with pytest.raises(DataError, match=cannot_be_read(path)) as caught:
         read_named_image(path)
     assert isinstance(caught.value.__cause__, FileNotFoundError)
+
+
+# --- files that are not safe to decode ---------------------------------------------------------------------------
+
+TOO_LARGE = [(10_000, 10_000), (50_000, 50_000), (200_000, 600)]
+
+
+def too_large(path, side):
+    pixels = f"{side[0] * side[1]:,}"
+    return f"^image {re.escape(repr(str(path)))} has {pixels} pixels, more than the 89,478,485 that are decoded. Cut it"
+
+
+@pytest.mark.parametrize("side", TOO_LARGE, ids=str)
+@pytest.mark.parametrize("read", [check_header, read_named_image])
+def test_too_many_pixels_are_refused_by_the_header_alone(tmp_path, read, side):
+    path = write_bomb(tmp_path / "bomb.png", *side)
+    before = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
+    for _ in range(2):
+        with pytest.raises(UnsafeImageError, match=too_large(path, side)):
+            read(path)
+    assert resource.getrusage(resource.RUSAGE_SELF).ru_maxrss - before < 10_000  # KiB
+
+
+def test_the_limit_is_pils(tmp_path, monkeypatch):
+    Image.fromarray(RGB).save(tmp_path / "image.png")
+    monkeypatch.setattr(Image, "MAX_IMAGE_PIXELS", 16 * 20 - 1)
+    with pytest.raises(UnsafeImageError, match="has 320 pixels, more than the 319"):
+        read_named_image(tmp_path / "image.png")
+    monkeypatch.setattr(Image, "MAX_IMAGE_PIXELS", None)
+    assert read_named_image(tmp_path / "image.png").shape == (3, 16, 20)
+
+
+def test_programs_are_not_run_whatever_they_are_called(tmp_path, monkeypatch):
+    started = []
+    monkeypatch.setattr("subprocess.check_call", lambda *arguments, **_: started.append(arguments))
+    path = tmp_path / "part.png"
+    Image.fromarray(RGB).save(path, "EPS")
+    for read in (check_header, read_named_image):
+        with pytest.raises(UnsafeImageError, match=r"part.png' is a PostScript program, which is not run. Convert it"):
+            read(path)
+    assert not started
+
+
+def samples_of(**columns):
+    return SimpleNamespace(samples=pd.DataFrame(columns))
+
+
+def test_all_files_of_the_sets_in_question_are_looked_at(tmp_path):
+    Image.fromarray(RGB).save(tmp_path / "image.png")
+    image, bomb = str(tmp_path / "image.png"), str(write_bomb(tmp_path / "bomb.png", 10_000, 10_000))
+    deep = str(write_deep(tmp_path / "deep.png", np.uint16))
+    data = SimpleNamespace(
+        train_data=samples_of(image_path=[image, image]),
+        val_data=samples_of(image_path=[image, bomb], mask_path=["", None]),
+        test_data=samples_of(image_path=[image, image], mask_path=[deep, bomb]),
+    )
+    check_data_files(data, ["train", "absent"])
+    for split in ("val", "test"):
+        with pytest.raises(UnsafeImageError, match="bomb.png"):
+            check_data_files(data, ["train", split])
+    data.test_data.samples.mask_path = [deep, "gone.png"]
+    check_data_files(data, ["test"])  # a mask may be deep, and what is not there is left to its reader
+
+
+def test_images_behind_loaders_are_found():
+    predict = SimpleNamespace(dataset=SimpleNamespace(image_filenames=["a.png", "b.png"]))
+    test = SimpleNamespace(dataset=samples_of(image_path=["c.png"]))
+    assert list(dataset_paths([predict, test])) == ["a.png", "b.png", "c.png"]
+    assert list(dataset_paths(predict)) == ["a.png", "b.png"]
+    assert list(dataset_paths(SimpleNamespace(dataset=[1, 2]))) == []
+    assert list(dataset_paths(None)) == []
