@@ -2,7 +2,6 @@
 
 import base64
 import io
-import zipfile
 from collections import defaultdict
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
@@ -16,8 +15,8 @@ from PIL import Image
 
 from anomalib_dskd.benchmark.run_folder import PREDICTIONS, job_path
 from anomalib_dskd.benchmark.tables import Record
-from anomalib_dskd.data.image_files import READABLE_ERRORS
-from anomalib_dskd.errors import DataError
+from anomalib_dskd.data.image_files import READABLE_ERRORS, open_image
+from anomalib_dskd.errors import DataError, UnsafeImageError
 
 __all__ = ["Example", "Gallery", "Picture", "make_gallery", "share_below"]
 
@@ -26,6 +25,7 @@ Numbers = NDArray[np.float64]
 SIDE = 192  # pixels of a picture's longer side: sharp at the 6 rem that the page gives it, on a phone's screen too
 QUALITY = 80
 RANGE = (1.0, 99.9)  # percentiles of a model's maps that are drawn black and brightest
+MOST_BYTES = 8 * 2**30  # of a file of predictions, unpacked: 40,000 images with maps and masks of 256x256
 OUTLINE = (94, 214, 255)  # a light blue, which the heatmap's colours do not have
 
 
@@ -158,6 +158,9 @@ def _read_scores(run_folder: Path, record: Record) -> _Scored | None:
     if not file.is_file():
         return None
     paths, labels, classes, scores = _read_arrays(file, "paths", "labels", "classes", "scores")
+    sizes = {array.shape for array in (paths, labels, classes, scores)}
+    if len(sizes) != 1 or labels.ndim != 1 or not all(np.issubdtype(a.dtype, np.number) for a in (labels, scores)):
+        raise _damaged(file, f"paths, labels, classes and scores have the shapes {sorted(sizes)}, or are no numbers")
     is_defect = labels > 0
     if is_defect.all() or not is_defect.any():  # nothing to rank against
         return None
@@ -179,13 +182,20 @@ def _read_arrays(file: Path, *names: str) -> list[NDArray[Any]]:
     """Read arrays of one file; one that it lacks is empty."""
     try:
         with file.open("rb") as opened, np.load(opened, allow_pickle=False) as arrays:
+            size = sum(info.file_size for info in arrays.zip.infolist())
+            if size > MOST_BYTES:
+                msg = f"it unpacks to {size / 2**30:.0f} GiB"
+                raise ValueError(msg)
             return [arrays[name] if name in arrays else np.zeros(0) for name in names]
-    except (OSError, ValueError, EOFError, zipfile.BadZipFile) as error:
-        msg = (
-            f"predictions {str(file)!r} cannot be read: {error}. Delete the file, and the report is made without its "
-            "pictures; or remove the job's line from results.jsonl, and run the benchmark again."
-        )
-        raise DataError(msg) from error
+    except Exception as error:  # a damaged or forged archive lets many kinds escape
+        raise _damaged(file, str(error) or type(error).__name__) from error
+
+
+def _damaged(file: Path, reason: str) -> DataError:
+    return DataError(
+        f"predictions {str(file)!r} cannot be read: {reason}. Delete the file, and the report is made without its "
+        "pictures; or remove the job's line from results.jsonl, and run the benchmark again."
+    )
 
 
 def _rank(jobs: Iterable[_Scored]) -> list[_Ranked]:
@@ -219,6 +229,9 @@ def _read_drawings(jobs: Iterable[_Scored], chosen: set[str]) -> dict[str, _Draw
         if not rows:
             continue
         maps, masks = _read_arrays(job.file, "maps", "masks")
+        for array in (maps, masks):
+            if array.size and (array.ndim != 3 or len(array) != len(job.paths)):  # noqa: PLR2004 - (N, h, w)
+                raise _damaged(job.file, f"maps or masks of {len(job.paths)} images have the shape {array.shape}")
         low, high = np.percentile(maps.astype(np.float32), RANGE) if maps.size else (0.0, 0.0)
         for path, row in rows.items():
             drawing = drawings[path]
@@ -259,10 +272,10 @@ def _read_image(path: str) -> tuple[Image.Image | None, str]:
     if not Path(path).is_file():
         return None, "the file is gone"
     try:
-        with Image.open(path) as image:
+        with open_image(path) as image:
             image.draft("RGB", (2 * SIDE, 2 * SIDE))  # a large JPEG is decoded small at once
             return image.convert("RGB"), ""
-    except READABLE_ERRORS:
+    except (*READABLE_ERRORS, UnsafeImageError):
         return None, "the file cannot be read"
 
 

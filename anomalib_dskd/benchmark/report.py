@@ -8,6 +8,7 @@ stand beside ours where it has that row, and never take part in this. What was n
 import csv
 import io
 import json
+import re
 from collections import defaultdict
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
@@ -61,6 +62,18 @@ CSV_COLUMNS: Mapping[str, tuple[str, ...]] = {
 }
 
 
+JOB_ID = "[0-9a-f]{12}"  # it names a folder
+KINDS: Mapping[str, type] = {
+    **dict.fromkeys(("status", "model", "class_path", "data", "category"), str),
+    "seed": int,
+    **dict.fromkeys(("init_args", "classes", "machine"), dict),
+    **dict.fromkeys(("weights", "notes"), list),
+}
+NAMES_OF_KINDS = {str: "a text", int: "a whole number", dict: "a mapping", list: "a list"}
+OPTIONAL = ("category", "init_args", "classes", "machine", "weights", "notes")
+FORMULA = ("=", "+", "-", "@", "\t", "\r")  # how a text begins that a spreadsheet runs
+
+
 def write_report(run_folder: Path, *, gallery_images: int = 6) -> list[Path]:
     """Write ``results.csv``, ``report.md`` and ``report.html`` into a run folder.
 
@@ -107,11 +120,20 @@ def write_report(run_folder: Path, *, gallery_images: int = 6) -> list[Path]:
     paths = [run_folder / name for name in contents]
     try:
         for path, text in zip(paths, contents.values(), strict=True):
-            path.write_text(text, encoding="utf-8", newline="")
+            _write(path, text)
     except OSError as error:
         msg = f"the report in {str(run_folder)!r} cannot be written: {error}. Make room or change the permissions."
         raise DataError(msg) from error
     return paths
+
+
+def _write(path: Path, text: str) -> None:
+    """Put a file in its place; what is there may be a link that leads out of a folder that someone has sent."""
+    part = path.with_name(f".{path.name}.part")
+    part.unlink(missing_ok=True)
+    with part.open("x", encoding="utf-8", newline="") as file:
+        file.write(text)
+    part.replace(path)
 
 
 @dataclass(frozen=True)
@@ -175,12 +197,13 @@ def _read(run_folder: Path) -> list[Record]:
 
 
 def _check(record: Record, run_folder: Path) -> None:
-    kinds = {"status": str, "model": str, "class_path": str, "data": str, "seed": int}
     problems = [
-        f"{name} {record.get(name)!r} is not {'a whole number' if kind is int else 'a text'}"
-        for name, kind in kinds.items()
-        if not isinstance(record.get(name), kind)
+        f"{name} {record.get(name)!r} is not {NAMES_OF_KINDS[kind]}"
+        for name, kind in KINDS.items()
+        if not isinstance(record.get(name), kind) and not (name in OPTIONAL and record.get(name) is None)
     ]
+    if not re.fullmatch(JOB_ID, str(record["job"])):
+        problems.append(f"job {record['job']!r} is not the twelve hexadecimal digits that a benchmark gives")
     if record.get("status") not in ("done", "failed"):
         problems.append(f"status {record.get('status')!r} is neither 'done' nor 'failed'")
     for quantity in (*ACCURACY, *COSTS):
@@ -203,8 +226,14 @@ def _csv(records: Iterable[Record]) -> str:
     writer.writerow(CSV_COLUMNS)
     for record in records:
         values = (value_at(record, path) for path in CSV_COLUMNS.values())
-        writer.writerow(json.dumps(value) if isinstance(value, dict | list) else value for value in values)
+        writer.writerow(_csv_cell(value) for value in values)
     return buffer.getvalue()
+
+
+def _csv_cell(value: Any) -> Any:  # noqa: ANN401 - JSON
+    if isinstance(value, dict | list):
+        return json.dumps(value)
+    return f"'{value}" if isinstance(value, str) and value.startswith(FORMULA) else value
 
 
 def _render(template: str, page: Mapping[str, Any]) -> str:

@@ -19,6 +19,7 @@ CONFIG = "config.yaml"
 RESULTS = "results.jsonl"
 PREDICTIONS = "predictions.npz"
 TRAININGS = "trainings"
+MOST_NAMED = 3  # links in an error
 
 
 class RunFolder:
@@ -31,7 +32,7 @@ class RunFolder:
         config: the configuration as YAML, without what does not change results (the folder, the runner).
 
     Raises:
-        ArgumentError: the folder holds the results of another configuration, or another process writes there.
+        ArgumentError: the folder holds the results of another configuration, or links, or another process writes there.
         DataError: the folder cannot be written.
     """
 
@@ -43,6 +44,7 @@ class RunFolder:
     def __enter__(self) -> Self:
         try:
             self.path.mkdir(parents=True, exist_ok=True)
+            self._refuse_links()
             self._lock.acquire()
             self._keep_config()
             self._drop_half_line()
@@ -94,6 +96,16 @@ class RunFolder:
                 os.fsync(file.fileno())
         except OSError as error:
             raise DataError(self._cannot_write(error)) from error
+
+    def _refuse_links(self) -> None:
+        """Write nothing where a folder that someone has sent points to."""
+        links = [str(path) for path in sorted(self.path.rglob("*")) if path.is_symlink()]
+        if links:
+            msg = (
+                f"run folder {str(self.path)!r} holds links, through which results would go elsewhere: "
+                f"{', '.join(links[:MOST_NAMED])}. Replace them by what they point to, or give another --run_folder."
+            )
+            raise ArgumentError(msg)
 
     def _keep_config(self) -> None:
         kept = self.path / CONFIG

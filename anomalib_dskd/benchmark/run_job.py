@@ -24,6 +24,7 @@ from anomalib_dskd.benchmark.machine import machine
 from anomalib_dskd.benchmark.predictions import ScoreRecorder, figures, figures_by_class
 from anomalib_dskd.benchmark.run_folder import PREDICTIONS
 from anomalib_dskd.benchmark.speed import measure_cost, measure_openvino, measure_pytorch, peak_memory_mib
+from anomalib_dskd.data.arguments import check_names
 from anomalib_dskd.errors import ArgumentError
 
 __all__ = ["check_job", "failure", "now", "run_job", "training_id"]
@@ -49,6 +50,7 @@ def run_job(job: Job, folder: Path, report: Report, training: Path | None = None
     started = now()
     seed_everything(job.seed, workers=True, verbose=False)  # before anything draws random numbers
     data = _build(AnomalibDataModule, job.data_class_path, _data_arguments(job))
+    check_names(data)
     model = _build(AnomalibModule, job.class_path, _model_arguments(job))
     seed_everything(job.seed, workers=True, verbose=False)  # constructors draw different numbers
     clock, recorder = _Clock(report), ScoreRecorder()

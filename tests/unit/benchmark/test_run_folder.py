@@ -87,5 +87,24 @@ def test_a_full_disk_is_a_clear_error(tmp_path, monkeypatch):
             folder.append(record("2"))
 
 
+@pytest.mark.parametrize("name", ["results.jsonl", "config.yaml", ".lock", "jobs", "jobs/0123456789ab/log.txt"])
+def test_nothing_is_written_through_a_link(name, tmp_path):
+    precious, folder = tmp_path / "precious", tmp_path / "run"
+    precious.write_text("mine")
+    (folder / name).parent.mkdir(parents=True)
+    (folder / name).symlink_to(precious)
+    with pytest.raises(ArgumentError, match=rf"holds links, .*{name}\. Replace them"), RunFolder(folder, "a: 1\n"):
+        pass
+    assert precious.read_text() == "mine"
+
+
+def test_the_run_folder_itself_may_be_a_link(tmp_path):
+    (tmp_path / "large_disk").mkdir()
+    (tmp_path / "run").symlink_to(tmp_path / "large_disk")
+    with RunFolder(tmp_path / "run", "a: 1\n") as folder:
+        folder.append({"job": "a", "status": "done"})
+    assert (tmp_path / "large_disk" / "results.jsonl").is_file()
+
+
 def test_no_results_yet(tmp_path):
     assert read_results(tmp_path) == []

@@ -140,6 +140,14 @@ def test_a_shared_training_gives_what_a_training_of_its_own_gives(tiny_job, tmp_
     np.testing.assert_allclose(*maps, atol=1e-3)  # they are kept in 16 bits
 
 
+def test_results_stay_in_the_run_folder(job, tmp_path):
+    data = {"name": "../../elsewhere", "normal_dir": str(tmp_path)}
+    job = dataclasses.replace(job, data_class_path="anomalib.data.Folder", data_init_args=data)
+    with pytest.raises(ArgumentError, match="'../../elsewhere' of the data would put results outside of their folder"):
+        run_job.run_job(job, tmp_path, lambda *_: None)
+    assert not list(tmp_path.iterdir())
+
+
 def test_a_machine_is_described():
     described = machine()
     assert described["cores"] >= 1
