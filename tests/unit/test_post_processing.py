@@ -177,6 +177,9 @@ def test_settings_are_the_given_ones_then_the_checkpoints():
         post_processor.load_checkpoint_config(trained)
     assert (default.image_sensitivity, default.normal_quantile) == (0.7, 0.9)
     assert (given.image_sensitivity, given.pixel_sensitivity, given.normal_quantile) == (0.2, 0.5, 0.9)
+    theirs = PostProcessor(image_sensitivity=0.2)
+    theirs.load_checkpoint_config(trained)
+    assert theirs.image_sensitivity == 0.7  # anomalib's own forgets what it was given
     assert good_alone(default).image_threshold.item() == pytest.approx(np.quantile(GOOD_SCORES, 0.9), rel=1e-6)
 
 
