@@ -73,9 +73,8 @@ class NormalQuantilePostProcessor(PostProcessor):
       .. math:: \min\left(\frac{s}{2 t}, 1\right)
 
       so that 0 means no discrepancy at all, and 0.6 a fifth more than the threshold. (anomalib divides by the span
-      of the good images' scores, which is narrow: nearly all defects have the score 1.) Maps are treated the same,
-      where each image's largest value counts: outlines appear in about one good image in twenty, not on every
-      twentieth pixel.
+      of the good images' scores, which one odd image stretches too.) Maps are treated the same, where each image's
+      largest value counts: outlines appear in about one good image in twenty, not on every twentieth pixel.
 
     A sensitivity above 0.5 moves the decision down, below 0.5 up: to :math:`2 t (1 - \text{sensitivity})` without
     defects. All of it is part of checkpoints and exported models.

@@ -66,7 +66,7 @@ def trained(factory: Path, teacher_weights: Path, tmp_path_factory: pytest.TempP
     folder = tmp_path_factory.mktemp("trained")
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")
-        engine(folder, max_epochs=2).fit(model, datamodule=data)
+        engine(folder, max_epochs=4).fit(model, datamodule=data)
     return Trained(model.eval(), data, next(folder.rglob("model.ckpt")))
 
 

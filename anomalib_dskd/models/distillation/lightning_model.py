@@ -447,7 +447,8 @@ def _look_at(batch: ImageBatch) -> None:
 
 
 def _channels_last(batch: ImageBatch) -> ImageBatch:
-    batch.image = batch.image.contiguous(memory_format=torch.channels_last)  # faster on CPUs with bfloat16 units
+    images = torch.as_tensor(batch.image)
+    batch.image = images.contiguous(memory_format=torch.channels_last)  # faster on CPUs with bfloat16 units
     return batch
 
 

@@ -4,6 +4,7 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import ClassVar
 
+import torch
 from anomalib.data import ImageBatch
 from anomalib.metrics import Evaluator
 from anomalib.models.components import AnomalibModule
@@ -157,10 +158,10 @@ class Dskd(DistillationMixin, AnomalibModule):
 
     def compute_losses(self, batch: ImageBatch) -> dict[str, Tensor]:
         """Return the loss of each student that is distilled, Eq. (7)."""
-        features = self.model.training_features(batch.image)
+        features = self.model.training_features(torch.as_tensor(batch.image))
         losses: dict[str, Tensor] = self.loss(features.teacher, features.students)
         return losses
 
     def run_students(self, batch: ImageBatch) -> None:
         """Pass a training batch through both students, without the teacher."""
-        self.model.student_features(batch.image)
+        self.model.student_features(torch.as_tensor(batch.image))
