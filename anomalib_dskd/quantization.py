@@ -47,7 +47,6 @@ def quantize_networks(model: "openvino.Model", images: Iterable[NDArray]) -> "op
             model,
             nncf.Dataset(list(images)),
             subset_size=CALIBRATION_IMAGES,
-            preset=nncf.QuantizationPreset.MIXED,
             ignored_scope=nncf.IgnoredScope(names=map_operations(model)),
         ),
     )
