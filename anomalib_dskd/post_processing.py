@@ -48,7 +48,7 @@ class NormalQuantileThreshold(F1AdaptiveThreshold):
             is_good = ~defects.reshape(len(defects), -1).any(dim=1)
             self.largest.append(scores.reshape(len(scores), -1).amax(dim=1)[is_good])  # (B, ...) to (good images,)
 
-    def compute(self) -> Tensor:
+    def compute(self) -> Tensor:  # type: ignore[override] # torchmetrics returns its curve, anomalib one number
         """Return the threshold, and note in :attr:`normal_images` which one it is."""
         self.normal_images = None
         if self._has_anomalous_samples():

@@ -11,6 +11,7 @@ from pathlib import Path
 from tempfile import TemporaryDirectory
 from typing import TYPE_CHECKING, cast
 
+import numpy as np
 import torch
 from anomalib.data import AnomalibDataModule
 from numpy.typing import NDArray
@@ -26,7 +27,7 @@ __all__ = ["CALIBRATION_IMAGES", "calibration_images", "map_operations", "quanti
 CALIBRATION_IMAGES = 300  # NNCF's own default; more did not change the figures
 
 
-def quantize_networks(model: "openvino.Model", images: Iterable[NDArray]) -> "openvino.Model":
+def quantize_networks(model: "openvino.Model", images: Iterable[NDArray[np.float32]]) -> "openvino.Model":
     """Quantise weights and activations of the networks, and leave the anomaly map in floating point.
 
     Args:
@@ -52,7 +53,7 @@ def quantize_networks(model: "openvino.Model", images: Iterable[NDArray]) -> "op
     )
 
 
-def quantize_file(path: Path, images: Iterable[NDArray]) -> None:
+def quantize_file(path: Path, images: Iterable[NDArray[np.float32]]) -> None:
     """Put the quantised model in the place of an exported one.
 
     Args:
@@ -98,7 +99,7 @@ def map_operations(model: "openvino.Model") -> list[str]:
     return sorted(name for name in found if types[name] not in {"Constant", "Parameter", "Result"})
 
 
-def calibration_images(data: AnomalibDataModule, size: tuple[int, int] | None) -> Iterator[NDArray]:
+def calibration_images(data: AnomalibDataModule, size: tuple[int, int] | None) -> Iterator[NDArray[np.float32]]:
     """Yield training images ``(1, 3, H, W)`` in [0, 1], drawn at random from a fixed seed.
 
     Args:
@@ -111,4 +112,4 @@ def calibration_images(data: AnomalibDataModule, size: tuple[int, int] | None) -
         image = torch.as_tensor(data.train_data[index].image)[None]  # (1, 3, H, W)
         if size is not None and image.shape[-2:] != size:
             image = F.interpolate(image, size=size, mode="bilinear")
-        yield image.numpy()
+        yield cast("NDArray[np.float32]", image.numpy())

@@ -40,9 +40,8 @@ def mix(sources: Sequence[Tensor], weights: Tensor) -> Tensor:
         >>> mix([torch.full((1, 1, 1, 1), 4.0), torch.full((1, 1, 1, 1), 8.0)], weights).item()
         7.0
     """
-    return functools.reduce(
-        torch.add, (source * weight for source, weight in zip(sources, weights.split(1, dim=1), strict=True))
-    )
+    parts = [source * weight for source, weight in zip(sources, torch.split(weights, 1, dim=1), strict=True)]
+    return functools.reduce(torch.add, parts)
 
 
 class FusedLevel(nn.Module):

@@ -3,6 +3,7 @@
 from collections.abc import Sequence
 from pathlib import Path
 
+import torch
 from anomalib.data import ImageBatch
 from anomalib.metrics import Evaluator
 from anomalib.models.components import AnomalibModule
@@ -131,5 +132,5 @@ class Afkd(DistillationMixin, AnomalibModule):
 
     def compute_losses(self, batch: ImageBatch) -> dict[str, Tensor]:
         """Return the loss of the decoder student: ``1 - cos``, averaged over pixels and levels."""
-        features = self.model.training_features(batch.image)
+        features = self.model.training_features(torch.as_tensor(batch.image))
         return {"decoder": distillation_loss(features.teacher, features.students["decoder"], l2_weight=0.0)}

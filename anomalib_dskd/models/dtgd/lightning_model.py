@@ -4,6 +4,7 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import ClassVar
 
+import torch
 from anomalib.data import ImageBatch
 from anomalib.metrics import Evaluator
 from anomalib.models.components import AnomalibModule
@@ -158,7 +159,7 @@ class Dtgd(DistillationMixin, AnomalibModule):
         anomaly_teacher = self.model.teacher(damaged)  # other damage in each epoch: not for the cache
         students = self.model.denoise(damaged, anomaly_teacher)
         losses: dict[str, Tensor] = self.loss(
-            self.model.teacher_features(batch.image), students, anomaly_teacher, masks
+            self.model.teacher_features(torch.as_tensor(batch.image)), students, anomaly_teacher, masks
         )
         return losses
 
@@ -168,4 +169,4 @@ class Dtgd(DistillationMixin, AnomalibModule):
         self.model.denoise(damaged, self.model.teacher(damaged))
 
     def _damage(self, batch: ImageBatch) -> tuple[Tensor, Tensor]:
-        return self.pseudo_defects(batch.image, batch.image_path, epoch=self.current_epoch)
+        return self.pseudo_defects(torch.as_tensor(batch.image), batch.image_path, epoch=self.current_epoch)

@@ -216,7 +216,7 @@ class Tad(DistillationMixin, AnomalibModule):
         backbone, epochs = self.assistant.backbone, self.trainer.max_epochs or 0
         has_learnt = self.current_epoch > 0 and not self.is_assistants_phase
         if has_learnt and is_assistants_epoch(self.current_epoch - 1, epochs, self.assistant_share):
-            self.estimate_batch_norm(backbone, lambda batch: backbone(batch.image))
+            self.estimate_batch_norm(backbone, lambda batch: backbone(torch.as_tensor(batch.image)))
         self.assistant.train(self.is_assistants_phase)
 
     def on_train_batch_end(self, outputs: Any, batch: Any, batch_idx: int) -> None:  # noqa: ANN401
@@ -242,20 +242,21 @@ class Tad(DistillationMixin, AnomalibModule):
 
     def compute_losses(self, batch: ImageBatch) -> dict[str, Tensor]:
         """Return ``assistant`` in its phase; then those of the guides, the inverse path and the guides' weights."""
-        teacher = self.model.teacher_features(batch.image)
+        images = torch.as_tensor(batch.image)
+        teacher = self.model.teacher_features(images)
         if self.is_assistants_phase:
             return {"assistant": distillation_loss(teacher, self._assist(batch, teacher), l2_weight=0.0)}
-        student = self.model.student(batch.image)
+        student = self.model.student(images)
         losses = self._guide(batch, teacher, student)
         if self.inverse_weight > 0:
-            damaged, _ = self.pseudo_defects(batch.image, batch.image_path, epoch=self.current_epoch)
+            damaged, _ = self.pseudo_defects(images, batch.image_path, epoch=self.current_epoch)
             inverse = distillation_loss(teacher, self.model.student(damaged), l2_weight=0.0)
             losses["inverse"] = self.inverse_weight * inverse
         return losses
 
     def run_students(self, batch: ImageBatch) -> None:
         """Pass a training batch through the student, clean as it will be on the line."""
-        self.model.student(batch.image)
+        self.model.student(torch.as_tensor(batch.image))
 
     def _guide(self, batch: ImageBatch, teacher: list[Tensor], student: list[Tensor]) -> dict[str, Tensor]:
         if self.assistant is None:
@@ -263,7 +264,7 @@ class Tad(DistillationMixin, AnomalibModule):
         with torch.no_grad():
             guides = [teacher, self._assist(batch, teacher)]
         if self.attention is None:
-            weights = torch.full((len(batch.image), len(teacher), len(guides)), 1 / len(guides), device=self.device)
+            weights = torch.full((len(teacher[0]), len(teacher), len(guides)), 1 / len(guides), device=self.device)
         else:
             weights = self.attention(student, guides)  # (B, K, 2)
         from_teacher, from_assistant = guidance_losses(student, guides, weights)
@@ -275,7 +276,7 @@ class Tad(DistillationMixin, AnomalibModule):
     def _assist(self, batch: ImageBatch, teacher: list[Tensor]) -> list[Tensor]:
         """Return the assistant's features in the teacher's shapes."""
         assert self.assistant is not None  # the callers see to it
-        features: list[Tensor] = self.assistant(batch.image, [level.shape[-2:] for level in teacher])
+        features: list[Tensor] = self.assistant(torch.as_tensor(batch.image), [level.shape[-2:] for level in teacher])
         return features
 
     def _check_assistants_size(self, height: int, width: int) -> None:
