@@ -14,7 +14,17 @@ ALLOWED = {  # what may import what; `errors` may be imported by all
     "evaluation": set(),
     "post_processing": set(),
     "pre_processing": set(),
-    "models": {"components", "data", "evaluation", "models", "post_processing", "pre_processing", "weights"},
+    "quantization": set(),
+    "models": {
+        "components",
+        "data",
+        "evaluation",
+        "models",
+        "post_processing",
+        "pre_processing",
+        "quantization",
+        "weights",
+    },
     "cli": {"benchmark", "data"},
     "benchmark": {"benchmark", "data", "evaluation", "weights"},  # models by their names in a configuration
 }
