@@ -134,7 +134,9 @@ def test_every_models_config_builds_it_with_any_data(kind, magnetic_tile_root, t
     assert tuple(cli.model.input_size) == (128, 128)
     built = dict(cli.model.hparams)  # what the file says is what the constructor would take anyway
     defaults = {name: value.default for name, value in inspect.signature(kind).parameters.items()}
-    differ = {name for name in built if meaning(name, built) != meaning(name, defaults)}
+    given = set(built) & set(defaults)
+    assert {"teacher", "sigma", "learning_rate"} <= given
+    differ = {name for name in given if meaning(name, built) != meaning(name, defaults)}
     assert differ == {"image_size", "seed"}
 
 
