@@ -118,6 +118,7 @@ def test_exports_of_every_variant_agree_with_pytorch(arguments, tmp_path):
     check_all_agree(untrained(TEACHER, **arguments), tmp_path, [photographs(1), photographs(4)])
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(("kind", "arguments"), SIBLINGS, ids=lambda value: getattr(value, "__name__", ""))
 def test_exports_of_the_siblings_agree_with_pytorch_and_hold_no_more_than_they_need(kind, arguments, tmp_path):
     model = untrained(TEACHER, kind=kind, **arguments)
