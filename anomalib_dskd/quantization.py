@@ -24,7 +24,7 @@ if TYPE_CHECKING:
 
 __all__ = ["CALIBRATION_IMAGES", "calibration_images", "map_operations", "quantize_file", "quantize_networks"]
 
-CALIBRATION_IMAGES = 300  # NNCF's own default; more did not change the figures
+CALIBRATION_IMAGES = 300  # NNCF's own default
 
 
 def quantize_networks(model: "openvino.Model", images: Iterable[NDArray[np.float32]]) -> "openvino.Model":

@@ -41,7 +41,7 @@ from anomalib.models.components import AnomalibModule  # noqa: E402
 
 from anomalib_dskd import Dskd, MagneticTile  # noqa: E402
 from anomalib_dskd.benchmark.hub_cache import write_hub_cache  # noqa: E402
-from anomalib_dskd.benchmark.speed import measure_cost  # noqa: E402
+from anomalib_dskd.benchmark.speed import images_per_second, measure_cost  # noqa: E402
 from anomalib_dskd.quantization import map_operations  # noqa: E402
 
 OFF = {"visualizer": False, "evaluator": False}
@@ -117,18 +117,8 @@ def milliseconds(run: Callable[[], object], runs: int) -> list[float]:
     return times
 
 
-def images_a_second(model: Export, batch: int, seconds: float = 3.0) -> float:
-    queue = openvino.AsyncInferQueue(model.compile(batch, PERFORMANCE_HINT="THROUGHPUT"))
-    images = picture(batch)
-    for _ in range(len(queue)):
-        queue.start_async([images])
-    queue.wait_all()
-    done, start = 0, time.perf_counter()
-    while time.perf_counter() < start + seconds:
-        queue.start_async([images])  # waits for a free request
-        done += 1
-    queue.wait_all()
-    return done * batch / (time.perf_counter() - start)
+def images_a_second(model: Export, batch: int) -> float:
+    return images_per_second(model.compile(batch, PERFORMANCE_HINT="THROUGHPUT"), picture(batch), seconds=3.0)
 
 
 def peak_gflops() -> float:

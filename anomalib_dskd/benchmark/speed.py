@@ -16,7 +16,14 @@ from anomalib.models.components import AnomalibModule
 from numpy.typing import NDArray
 from torch.utils.flop_counter import FlopCounterMode
 
-__all__ = ["measure_cost", "measure_openvino", "measure_pytorch", "median_milliseconds", "peak_memory_mib"]
+__all__ = [
+    "images_per_second",
+    "measure_cost",
+    "measure_openvino",
+    "measure_pytorch",
+    "median_milliseconds",
+    "peak_memory_mib",
+]
 
 WARM_UP = 5  # runs that are left out
 FEWEST = 10  # runs
@@ -119,13 +126,23 @@ def _throughput(
     seconds: float,
     batch: int,
 ) -> tuple[float, int]:
-    """Return images a second with as many requests at a time as OpenVINO finds best."""
-    import openvino  # noqa: PLC0415 - an extra
-
+    """Return images a second at the best number of requests, and the batch."""
     network.reshape([batch, 3, *size])
     compiled = core.compile_model(network, "CPU", {**precision, "PERFORMANCE_HINT": "THROUGHPUT"})
+    return images_per_second(compiled, _images(batch, size), seconds=seconds), batch
+
+
+def images_per_second(compiled: Any, images: NDArray[np.float32], *, seconds: float) -> float:  # noqa: ANN401
+    """Return how many images a compiled model does in a second, with as many requests at a time as it finds best.
+
+    Args:
+        compiled: OpenVINO model.
+        images: a batch ``(B, 3, H, W)``, given again and again.
+        seconds: how long to measure.
+    """
+    import openvino  # noqa: PLC0415 - an extra
+
     queue = openvino.AsyncInferQueue(compiled)
-    images = _images(batch, size)
     for _ in range(len(queue)):
         queue.start_async([images])
     queue.wait_all()
@@ -134,4 +151,4 @@ def _throughput(
         queue.start_async([images])  # waits for a free request
         done += 1
     queue.wait_all()
-    return done * batch / (time.perf_counter() - start), batch
+    return done * len(images) / (time.perf_counter() - start)
