@@ -211,6 +211,7 @@ class Tad(DistillationMixin, AnomalibModule):
 
     def on_train_epoch_start(self) -> None:
         """Freeze the assistant once it has learnt, with batch-norm statistics of its last weights."""
+        super().on_train_epoch_start()
         if self.assistant is None:
             return
         backbone, epochs = self.assistant.backbone, self.trainer.max_epochs or 0
