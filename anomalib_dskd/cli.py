@@ -45,7 +45,8 @@ def main(arguments: list[str] | None = None) -> int:
         console.print(f"error: {error}", markup=False, highlight=False, soft_wrap=True)
         return WRONG
     except KeyboardInterrupt:
-        console.print("stopped")
+        goes_on = ": what is finished is kept, and the same command goes on" if name == "benchmark" else ""
+        console.print(f"stopped{goes_on}", soft_wrap=True)
         return STOPPED
 
 
@@ -67,7 +68,9 @@ def _parsers() -> tuple[ArgumentParser, dict[str, ArgumentParser]]:
         check.add_argument(f"--{name}", type=Any, help="ignored: a configuration of `anomalib train` has it")
     subcommands["benchmark"].add_argument("--config", action="config", help="YAML file with the options below")
     subcommands["benchmark"].add_class_arguments(BenchmarkConfig)
-    subcommands["report"].add_argument("run_folder", type=str, help="folder that `benchmark` wrote")
+    report = subcommands["report"]
+    report.add_argument("run_folder", type=str, help="folder that `benchmark` wrote")
+    report.add_argument("--gallery_images", type=int, default=6, help="images a heading of the gallery; 0 for none")
     for name, subcommand in subcommands.items():
         commands.add_subcommand(name, subcommand, help=helps[name])
     return parser, subcommands
@@ -81,7 +84,7 @@ def _benchmark(parser: ArgumentParser, options: Namespace, console: Console) -> 
 
 
 def _report(_: ArgumentParser, options: Namespace, console: Console) -> int:
-    for path in write_report(Path(options.run_folder)):
+    for path in write_report(Path(options.run_folder), gallery_images=options.gallery_images):
         console.print(str(path), markup=False, highlight=False, soft_wrap=True)
     return 0
 

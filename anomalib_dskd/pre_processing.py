@@ -28,18 +28,24 @@ def create_pre_processor(teacher: str, image_size: tuple[int, int]) -> PreProces
 
 
 def check_normalisation(pre_processor: PreProcessor, teacher: str) -> None:
-    """Refuse a pre-processor that normalises otherwise than the teacher's training did.
+    """Refuse a pre-processor that normalises otherwise than the teacher's training did, or not at all.
 
     Raises:
-        ArgumentError: its ``Normalize`` has another mean or standard deviation.
+        ArgumentError: it has no ``Normalize``, or one with another mean or standard deviation.
     """
     legal = [list(values) for values in normalisation(teacher)]
+    if not extract_transforms_by_type(pre_processor.transform, Normalize):
+        msg = (
+            f"the pre_processor does not normalise; the teacher {teacher!r} was trained with mean and std {legal}. Add "
+            "torchvision's v2.Normalize with these, or give pre_processor false and normalised images."
+        )
+        raise ArgumentError(msg)
     for transform in extract_transforms_by_type(pre_processor.transform, Normalize):
         given = [list(transform.mean), list(transform.std)]
         if given != legal:
             msg = (
                 f"the pre_processor normalises with mean and std {given}, but the teacher {teacher!r} was trained with "
-                f"{legal}. Use these, or Dskd.configure_pre_processor(image_size, teacher={teacher!r})."
+                f"{legal}. Use these, or the model's own configure_pre_processor(image_size, teacher={teacher!r})."
             )
             raise ArgumentError(msg)
 

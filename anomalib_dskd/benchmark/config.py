@@ -273,8 +273,8 @@ def _check(config: BenchmarkConfig) -> None:
             raise ArgumentError(msg)
     for model in config.models:
         _check_size(model)
-    if not config.seeds or len(set(config.seeds)) != len(config.seeds):
-        msg = f"seeds {config.seeds} must be one or more different whole numbers."
+    if not config.seeds or len(set(config.seeds)) != len(config.seeds) or min(config.seeds) < 0:
+        msg = f"seeds {config.seeds} must be one or more different whole numbers, 0 or larger."
         raise ArgumentError(msg)
     for data in config.datasets:
         if len(set(data.categories or ())) != len(data.categories or ()):

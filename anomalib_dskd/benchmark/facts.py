@@ -2,7 +2,8 @@
 
 import json
 from collections import Counter
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Mapping, Sequence
+from typing import Any
 
 from anomalib_dskd.benchmark.sections import DataSet
 from anomalib_dskd.benchmark.tables import NOT_MEASURED, Cell, Column, Record, Table, values_of
@@ -43,7 +44,10 @@ def settings_table(data: Iterable[DataSet]) -> Table:
             done = sum(record["status"] == "done" for record in records)
             values = [Cell(values_of(records, name)) for name in names]
             rows.append([Cell(data_set.name), Cell(model), *values, Cell(f"{done} of {len(records)}", done)])
-    note = "Precision is that of training in epochs; all else is done in 32-bit floating point."
+    note = (
+        "Precision is that of training in epochs; all else is done in 32-bit floating point, but for what an INT8 "
+        "export leaves unquantised: there OpenVINO chooses, as it does for its users."
+    )
     return Table("Settings", columns, rows, notes=[note])
 
 
@@ -78,8 +82,15 @@ def note_table(records: Iterable[Record]) -> Table | None:
     return Table("What could not be measured", [*columns, Column("jobs")], rows) if rows else None
 
 
-def facts_of(records: Sequence[Record]) -> list[tuple[str, str]]:
-    """Return what to know before any figure, as pairs of a name and a text."""
+def facts_of(records: Sequence[Record], plan: Sequence[Mapping[str, Any]]) -> list[tuple[str, str]]:
+    """Return what to know before any figure, as pairs of a name and a text.
+
+    Args:
+        records: the latest result of each job that has one.
+        plan: all jobs; empty if they are not known.
+    """
+    ended = {record["job"] for record in records}
+    missing = [job for job in plan if job["job"] not in ended]
     status = Counter(record["status"] for record in records)
     times = sorted(
         str(r[name])[:16].replace("T", " ") for r in records for name in ("started", "finished") if r.get(name)
@@ -87,7 +98,8 @@ def facts_of(records: Sequence[Record]) -> list[tuple[str, str]]:
     machines = [record["machine"] for record in records if record.get("machine")]
     weights = {f"{file['name']} from {file['file']}" for r in records for file in r.get("weights") or []}
     facts = {
-        "jobs": f"{status['done']} done, {status['failed']} failed",
+        "jobs": f"{status['done']} done, {status['failed']} failed" + (f", {len(missing)} to do" if missing else ""),
+        "to do": ", ".join(f"{model} ({count})" for model, count in Counter(job["model"] for job in missing).items()),
         "models": ", ".join(dict.fromkeys(record["model"] for record in records)),
         "data": ", ".join(dict.fromkeys(record["data"] for record in records)),
         "seeds": values_of(records, "seed"),
@@ -97,4 +109,4 @@ def facts_of(records: Sequence[Record]) -> list[tuple[str, str]]:
         "weights": ", ".join(sorted(weights)) or "each model's own, which may differ from one another",
         "commit": ", ".join(dict.fromkeys(str(m["commit"]) for m in machines if m.get("commit"))),
     }
-    return [(name, text or NOT_MEASURED) for name, text in facts.items()]
+    return [(name, text or NOT_MEASURED) for name, text in facts.items() if text or name != "to do"]

@@ -184,7 +184,7 @@ def _read_arrays(file: Path, *names: str) -> list[NDArray[Any]]:
         with file.open("rb") as opened, np.load(opened, allow_pickle=False) as arrays:
             size = sum(info.file_size for info in arrays.zip.infolist())
             if size > MOST_BYTES:
-                msg = f"it unpacks to {size / 2**30:.0f} GiB"
+                msg = f"it unpacks to {size / 2**30:.1f} GiB, and {MOST_BYTES / 2**30:.0f} are the most that is read"
                 raise ValueError(msg)
             return [arrays[name] if name in arrays else np.zeros(0) for name in names]
     except Exception as error:  # a damaged or forged archive lets many kinds escape

@@ -214,7 +214,14 @@ _TABLE_9 = {
     (3,): Ablation(9, "map M3 alone", (92.7, 94.2, 88.7)),
 }
 
-_SETTINGS = {"layers": [1, 2, 3], "l2_weight": 0.1, "sigma": 4.0, "learning_rate": 1e-3, "betas": [0.5, 0.999]}
+_SETTINGS = {
+    "layers": [1, 2, 3],
+    "l2_weight": 0.1,
+    "sigma": 4.0,
+    "learning_rate": 1e-3,
+    "schedule": "constant",
+    "betas": [0.5, 0.999],
+}
 """Arguments that the paper fixes, none of which its ablations change."""
 
 
@@ -268,7 +275,7 @@ def ablation_of(class_path: str, init_args: Mapping[str, Any]) -> Ablation | Non
 
 
 def _has_paper_settings(init_args: Mapping[str, Any]) -> bool:
-    if not str(init_args.get("teacher", "resnet18")).startswith("resnet18"):
+    if str(init_args.get("teacher", "resnet18")).partition(".")[0] != "resnet18":
         return False
     given = {name: init_args.get(name, value) for name, value in _SETTINGS.items()}
     return {name: list(value) if isinstance(value, tuple) else value for name, value in given.items()} == _SETTINGS

@@ -27,7 +27,7 @@ from anomalib_dskd.benchmark.facts import (
     weights_table,
 )
 from anomalib_dskd.benchmark.gallery import Gallery, make_gallery
-from anomalib_dskd.benchmark.run_folder import CONFIG, RESULTS, read_results
+from anomalib_dskd.benchmark.run_folder import CONFIG, RESULTS, read_plan, read_results
 from anomalib_dskd.benchmark.scatter import draw_accuracy_against_latency
 from anomalib_dskd.benchmark.sections import (
     DataSet,
@@ -100,7 +100,7 @@ def write_report(run_folder: Path, *, gallery_images: int = 6) -> list[Path]:
     config = run_folder / CONFIG
     page = {
         "name": run_folder.resolve().name,
-        "facts": facts_of(records),
+        "facts": facts_of(records, read_plan(run_folder) or []),
         "sections": sections,
         "ablations": ablation_table(data),
         "failures": failure_table(records),
@@ -204,12 +204,16 @@ def _check(record: Record, run_folder: Path) -> None:
     ]
     if not re.fullmatch(JOB_ID, str(record["job"])):
         problems.append(f"job {record['job']!r} is not the twelve hexadecimal digits that a benchmark gives")
-    if record.get("status") not in ("done", "failed"):
-        problems.append(f"status {record.get('status')!r} is neither 'done' nor 'failed'")
+    for name in ("weights", "classes"):
+        items = record.get(name) or {}
+        parts = items.values() if isinstance(items, dict) else items
+        if isinstance(items, dict | list) and not all(isinstance(part, dict) for part in parts):
+            problems.append(f"{name} {items!r} holds something else than mappings")
     for quantity in (*ACCURACY, *COSTS):
         group = record.get(quantity.path[0]) or {}
-        value = group.get(quantity.path[1]) if isinstance(group, dict) else group
-        if value is not None and not isinstance(value, int | float):
+        is_group = isinstance(group, dict)
+        value = group.get(quantity.path[1]) if is_group else group
+        if value is not None and not (is_group and isinstance(value, int | float)):
             problems.append(f"{'.'.join(quantity.path)} {value!r} is not a number or null")
     if problems:
         msg = (

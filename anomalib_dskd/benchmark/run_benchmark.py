@@ -47,6 +47,7 @@ def run_benchmark(config: BenchmarkConfig, config_text: str, console: Console) -
 def _run(config: BenchmarkConfig, config_text: str, jobs: list[Job], console: Console) -> bool:
     with RunFolder(config.run_folder, config_text) as folder:
         cache = folder.path / "weights"
+        folder.keep_plan(jobs)
         finished = folder.finished()
         waiting = _tasks(jobs, finished, folder)
         if waiting:

@@ -1,9 +1,12 @@
 """A benchmark's folder on disk: what it compares, and each result from the moment that it is there."""
 
 import difflib
+import itertools
 import json
 import os
 import shutil
+from collections.abc import Sequence
+from dataclasses import asdict
 from pathlib import Path
 from types import TracebackType
 from typing import Any
@@ -11,13 +14,16 @@ from typing import Any
 from filelock import FileLock, Timeout
 from typing_extensions import Self
 
+from anomalib_dskd.benchmark.config import Job
 from anomalib_dskd.errors import ArgumentError, DataError
 
-__all__ = ["CONFIG", "PREDICTIONS", "RESULTS", "RunFolder", "job_path", "read_results"]
+__all__ = ["CONFIG", "PREDICTIONS", "RESULTS", "RunFolder", "job_path", "read_plan", "read_results"]
 
 CONFIG = "config.yaml"
 RESULTS = "results.jsonl"
 PREDICTIONS = "predictions.npz"
+PLAN = "plan.json"
+STATUS = ("done", "failed")
 TRAININGS = "trainings"
 MOST_NAMED = 3  # links in an error
 
@@ -73,6 +79,35 @@ class RunFolder:
     def training(self, name: str) -> Path:
         """Return the file of trained weights that several jobs use."""
         return self.path / TRAININGS / f"{name}.pt"
+
+    def keep_plan(self, jobs: Sequence[Job]) -> None:
+        """Write down which jobs the configuration means, so that a report can tell what is missing.
+
+        Raises:
+            ArgumentError: it meant others before; a file of weights has changed, or the program that reads it.
+        """
+        plan = [{"job": job.id, **json.loads(json.dumps(asdict(job)))} for job in jobs]
+        before = read_plan(self.path)
+        if before is None:
+            part = (self.path / PLAN).with_suffix(".part")
+            part.write_text(json.dumps(plan, indent=1), encoding="utf-8")
+            part.replace(self.path / PLAN)
+            return
+        if [job["job"] for job in before] != [job["job"] for job in plan]:
+            changes = (
+                f"{new['model']}: {name} was {old.get(name)}, is {new.get(name)}"
+                for old, new in zip(before, plan, strict=False)
+                for name in sorted(old.keys() | new.keys())
+                if old.get(name) != new.get(name) and name != "job"
+            )
+            changed = (
+                "; ".join(itertools.islice(changes, MOST_NAMED)) or f"{len(before)} jobs were, {len(plan)} are now"
+            )
+            msg = (
+                f"run folder {str(self.path)!r} holds results of other jobs, though of the same configuration: "
+                f"{changed}. Give another --run_folder, or restore what has changed."
+            )
+            raise ArgumentError(msg)
 
     def drop_trainings(self) -> None:
         """Delete the trained weights that jobs have shared: none needs them any more."""
@@ -146,6 +181,23 @@ def job_path(run_folder: Path, job_id: str) -> Path:
     return run_folder / "jobs" / job_id
 
 
+def read_plan(path: Path) -> list[dict[str, Any]] | None:
+    """Return all jobs of a benchmark, done or not, each with its number ``job``; none if that was not written down.
+
+    Raises:
+        DataError: the file holds something else.
+    """
+    file = path / PLAN
+    if not file.is_file():
+        return None
+    try:
+        plan = json.loads(file.read_bytes())
+        return [{**job, "job": str(job["job"]), "model": str(job["model"])} for job in plan]
+    except (ValueError, TypeError, KeyError) as error:
+        msg = f"{str(file)!r} is no plan of a benchmark: {error!r}. Remove it: it is written anew."
+        raise DataError(msg) from error
+
+
 def read_results(path: Path) -> list[dict[str, Any]]:
     """Return the latest result of each job, in the order in which the jobs were first finished.
 
@@ -157,11 +209,13 @@ def read_results(path: Path) -> list[dict[str, Any]]:
     results = path / RESULTS
     if not results.is_file():
         return []
-    lines = results.read_text(encoding="utf-8").split("\n")
+    lines = results.read_bytes().split(b"\n")
     latest: dict[str, dict[str, Any]] = {}
     for number, line in enumerate(lines[:-1], start=1):  # what follows the last line's end is empty, or cut off
         try:
             record = json.loads(line)
+            if record["status"] not in STATUS:
+                raise ValueError(f"status {record['status']!r} is neither of {', '.join(STATUS)}")
             latest[record["job"]] = record
         except (ValueError, TypeError, KeyError) as error:
             msg = f"line {number} of {str(results)!r} is no result of a benchmark: {error}. Remove that line."

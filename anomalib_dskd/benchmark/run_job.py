@@ -139,9 +139,21 @@ def _model_arguments(job: Job) -> dict[str, Any]:
     unused = {name: False for name in ("visualizer", "evaluator") if name in parameters}
     arguments = {**unused, **job.init_args}
     if "image_size" in parameters:
-        return {**arguments, "image_size": job.image_size}
+        return {**arguments, "image_size": _size_for(job, arguments)}
     # anomalib's models take a size through their own pre-processor alone, which has their authors' normalisation
     return {**arguments, "pre_processor": model_class.configure_pre_processor(image_size=job.image_size)}
+
+
+def _size_for(job: Job, arguments: dict[str, Any]) -> tuple[int, int] | int:
+    """Return height and width, or one side for a model that takes squares alone."""
+    try:
+        _parser(AnomalibModule, job.class_path, {**arguments, "image_size": job.image_size})
+    except ArgumentError:
+        height, width = job.image_size
+        if height != width:
+            raise
+        return height
+    return job.image_size
 
 
 def _build(base: type, class_path: str, arguments: dict[str, Any]) -> Any:  # noqa: ANN401 - a model or data module

@@ -115,7 +115,14 @@ class RayRunner:
         ray = self.ray
         started_here = not ray.is_initialized()
         if started_here:
-            ray.init(address=self.address, log_to_driver=False, include_dashboard=False)
+            try:
+                ray.init(address=self.address, log_to_driver=False, include_dashboard=False)
+            except (OSError, ValueError) as error:
+                msg = (
+                    f"there is no Ray cluster at {self.address!r}: {error}. Start one with `ray start --head`, give "
+                    "its --ray_address, or none to start one here."
+                )
+                raise ArgumentError(msg) from error
         try:
             self._check_machines()
             work = ray.remote(_work_remotely).options(**self.resources, max_retries=RETRIES)
@@ -145,6 +152,8 @@ class RayRunner:
     def _collect(self, reference: Any, job: Job, folder: Path) -> dict[str, Any]:  # noqa: ANN401 - Ray's own type
         try:
             record, files = self.ray.get(reference)
+        except self.ray.exceptions.RayTaskError as error:
+            return failure(job, f"failed on the cluster: {error}")
         except self.ray.exceptions.RayError as error:
             return failure(job, f"lost on the cluster, after {RETRIES} retries: {error}")
         for name, contents in files.items():

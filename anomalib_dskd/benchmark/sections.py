@@ -247,12 +247,13 @@ def cost_table(data: DataSet) -> Table:
 
 
 def _cost_notes(data: DataSet, *, at_its_size: bool, has_paper: bool) -> list[str]:
-    batches = {r["model"]: value_at(r, ("speed", "throughput_batch")) for r in data.records}
+    done = [record for record in data.records if record["status"] == "done"]
+    batches = {r["model"]: value_at(r, ("speed", "throughput_batch")) for r in done}
     throughput = ", ".join(f"{model} {batch}" for model, batch in batches.items() if batch is not None)
     notes = [
         "Means over categories and seeds. Milliseconds are those of one image at a time; peak memory is that of the "
-        "whole process, training included; GMAC are billions of multiply-adds an image; training images/s are those of "
-        "the epochs after the first, in which caches fill, where there is more than one."
+        "process up to the end of training; GMAC are billions of multiply-adds an image; training images/s are those "
+        "of the epochs after the first, in which caches fill, where there is more than one."
     ]
     notes += [f"Batch that the throughput was reached with: {throughput}."] if throughput else []
     if has_paper:
@@ -295,7 +296,7 @@ def _seed_note(records: Iterable[Record]) -> str:
     if counts.keys() == {1}:
         return "One seed: the spread is not known."
     number = f"{usual} seed{'s' if usual > 1 else ''}{f' ({others})' if others else ''}"
-    return f"Mean ± standard deviation (n - 1) over {number}; a figure without ± is that of a single seed."
+    return f"Mean ± standard deviation (n - 1) over {number}; a figure without ± has fewer than two whole seeds."
 
 
 def _paper_notes(data: DataSet, quantities: Iterable[Quantity]) -> list[str]:

@@ -77,7 +77,9 @@ class AnomalyMapGenerator(nn.Module):
 
 def _separable_blur(sigma: float, size: int) -> nn.Sequential:
     """Blur the columns, then the rows: the same Gaussian for ``2 * size`` multiply-adds a pixel, not ``size ** 2``."""
-    return nn.Sequential(
-        GaussianBlur2d(sigma, kernel_size=(size, 1)),
-        GaussianBlur2d(sigma, kernel_size=(1, size)),
-    )
+    blurs = [GaussianBlur2d(sigma, kernel_size=(size, 1)), GaussianBlur2d(sigma, kernel_size=(1, size))]
+    for blur in blurs:
+        kernel = blur.kernel
+        del blur.kernel
+        blur.register_buffer("kernel", kernel, persistent=False)  # it follows from sigma, and is nothing learnt
+    return nn.Sequential(*blurs)

@@ -30,7 +30,7 @@ class PseudoDefects:
         probability: of an image to be damaged.
 
     Raises:
-        ArgumentError: the probability is not one, or 0.
+        ArgumentError: the probability is 0, or not within [0, 1].
     """
 
     def __init__(

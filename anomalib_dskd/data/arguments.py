@@ -44,5 +44,7 @@ def check_val_split_mode(mode: ValSplitMode | str) -> None:
     legal = [known.value for known in ValSplitMode if known not in {ValSplitMode.NONE, ValSplitMode.FROM_DIR}]
     if mode not in legal:
         given = mode.value if isinstance(mode, ValSplitMode) else mode
-        msg = f"val_split_mode {given!r} gives no validation images, which thresholds need. Legal are {legal}."
+        is_none = given == ValSplitMode.NONE.value
+        what = "gives no validation images, which thresholds need" if is_none else "is unknown or has no folder here"
+        msg = f"val_split_mode {given!r} {what}. Legal are {legal}."
         raise ArgumentError(msg)

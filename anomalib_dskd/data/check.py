@@ -1,8 +1,9 @@
 """Look at every file of a data set once, before any time is spent on training with it."""
 
 import hashlib
+import struct
 from collections import defaultdict
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, Literal, NamedTuple, get_args
@@ -10,7 +11,7 @@ from typing import Any, Literal, NamedTuple, get_args
 import imagehash
 import numpy as np
 from anomalib import TaskType
-from anomalib.data import AnomalibDataModule
+from anomalib.data import AnomalibDataModule, Folder
 from numpy.typing import NDArray
 from PIL import ExifTags, Image
 
@@ -95,7 +96,8 @@ def check_data(data: AnomalibDataModule, *, progress: Callable[[Iterable[str]], 
         data.prepare_data()
         data.setup()
     except Exception as error:  # data modules raise many kinds
-        return [Finding("error", "setup", f"the data module cannot be set up: {type(error).__name__}: {error}")]
+        failed = Finding("error", "setup", f"the data module cannot be set up: {type(error).__name__}: {error}")
+        return [failed, *_missing_masks(data)]
     samples = list(_samples(data))
     findings = _Findings()
     findings.extend(check_splits(data))
@@ -111,6 +113,21 @@ def check_data(data: AnomalibDataModule, *, progress: Callable[[Iterable[str]], 
     _compare_pictures(samples, pictures, findings)
     _find_ignored(samples, findings)
     return findings.sorted()
+
+
+def _missing_masks(data: AnomalibDataModule) -> list[Finding]:
+    """Name the images without a mask, for want of which anomalib's ``Folder`` cannot be set up."""
+    if not (isinstance(data, Folder) and data.abnormal_dir and data.mask_dir):
+        return []
+    has_mask = {path.stem for path in _files_below(data.root, data.mask_dir)}
+    lacking = [str(path) for path in _files_below(data.root, data.abnormal_dir) if path.stem not in has_mask]
+    text = "is defective, and no mask has its name: add one, or leave out mask_dir"
+    return [Finding("error", "no-mask", text, lacking)] if lacking else []
+
+
+def _files_below(root: str | Path | None, folders: str | Path | Sequence[str | Path]) -> list[Path]:
+    names = [folders] if isinstance(folders, str | Path) else folders
+    return sorted(path for name in names for path in (Path(root or "") / name).rglob("*") if path.is_file())
 
 
 def check_splits(data: AnomalibDataModule) -> list[Finding]:
@@ -191,7 +208,7 @@ def _look_at_image(path: str, findings: _Findings) -> _Picture | None:
         with open_image(path) as image:
             if getattr(image, "n_frames", 1) > 1:
                 findings.add("warning", "frames", "has more than one frame; the first alone is read", path)
-            if image.getexif().get(ExifTags.Base.Orientation, UPRIGHT) != UPRIGHT:
+            if _orientation(image) != UPRIGHT:
                 text = "says by EXIF that it is rotated, which anomalib ignores: rotate the pixels instead"
                 findings.add("warning", "exif-orientation", text, path)
             if is_deep(image.mode):
@@ -216,6 +233,14 @@ def _look_at_image(path: str, findings: _Findings) -> _Picture | None:
             "warning", "constant", "has one colour alone: a camera that was covered, or an empty picture", path
         )
     return _Picture(colours.size, hashlib.sha256(colours.tobytes()).digest(), _perceptual_hash(colours))
+
+
+def _orientation(image: Image.Image) -> int:
+    """Return what EXIF says, or upright if that is damaged, which does not keep the pixels from being read."""
+    try:
+        return int(image.getexif().get(ExifTags.Base.Orientation, UPRIGHT))
+    except (*READABLE_ERRORS, struct.error, TypeError):
+        return UPRIGHT
 
 
 def _perceptual_hash(image: Image.Image) -> NDArray[np.bool_]:
@@ -301,8 +326,9 @@ def _find_near(train: list[str], test: list[str], pictures: dict[str, _Picture],
         nearest = int(distances.argmin())
         is_same = pictures[train[nearest]].digest == pictures[path].digest
         if distances[nearest] <= NEAR and not is_same:
-            text = "look like one another, the first in the training set, the second in the test set"
-            findings.add("warning", "near-duplicate", text, f"{train[nearest]} and {path}")
+            names = f"{Path(train[nearest]).name}, {Path(path).name}"
+            text = f"look like one another, the first in the training set, the second in the test set: {names}"
+            findings.add("warning", "near-duplicate", text, train[nearest], path)
 
 
 def _find_ignored(samples: list[_Sample], findings: _Findings) -> None:

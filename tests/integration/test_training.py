@@ -82,7 +82,7 @@ def test_two_runs_and_worker_processes_give_the_same_weights(fit, through, tmp_p
 
 
 def test_a_training_that_is_killed_goes_on_to_the_same_weights(fit, through, tmp_path):
-    process = start(*fit, folder=tmp_path)
+    process = start(*fit, folder=tmp_path, prepare=slow_disk)  # so that it is not over before it is killed
     assert wait_until(lambda: len(checkpoints(tmp_path)) > 0, process)
     time.sleep(0.05)
     process.kill()

@@ -209,6 +209,14 @@ def test_teacher_that_timm_has_no_weights_for():
         find_teacher_weights("darknet17")
 
 
+def test_a_hub_that_fails_without_a_word_is_told_of(monkeypatch: pytest.MonkeyPatch):
+    monkeypatch.setattr(hub_constants, "HF_HUB_OFFLINE", False)
+    metadata = lambda *_, **__: (_ for _ in ()).throw(TimeoutError())  # noqa: E731
+    monkeypatch.setattr(weights_module.huggingface_hub, "get_hf_file_metadata", metadata)
+    with pytest.raises(TeacherWeightsError, match="Hugging Face hub, .*: TimeoutError: no reason given"):
+        find_teacher_weights(TEACHER)
+
+
 # --- finding: the hub, played by this machine --------------------------------------------------------------------
 
 
@@ -636,3 +644,17 @@ def test_real_resnet18_has_timms_features():
     expected = features_by_hand(load_file(path), images(128), "resnet18.tv_in1k")
     assert max(level.max() for level in expected) > 1  # pretrained, not zeros
     assert_same_features(teacher(images(128)), expected)
+
+
+def test_weights_that_are_not_finite_are_named(tmp_path: Path, state: dict[str, Tensor]):
+    path = tmp_path / "spoilt.safetensors"
+    state["layer2.0.conv1.weight"][0, 0, 0, 0] = torch.nan
+    save_file(state, path)
+    with pytest.raises(
+        TeacherWeightsError, match=r"not finite in 1 of the tensors .* the first 'layer2.0.conv1.weight'"
+    ):
+        load(path)
+    state["layer2.0.conv1.weight"][0, 0, 0, 0] = 0
+    state["fc.weight"].fill_(torch.nan)  # which is cut off
+    save_file(state, path)
+    load(path)

@@ -10,6 +10,7 @@ from anomalib.pre_processing import PreProcessor
 from lightning import Trainer
 from lightning.pytorch.plugins import MixedPrecision
 from torch import nn
+from typing_extensions import Self
 
 from anomalib_dskd.components.backbone import full_name
 from anomalib_dskd.errors import ArgumentError
@@ -21,6 +22,7 @@ __all__ = [
     "TRAINING_ONLY",
     "Schedule",
     "TrainingOptions",
+    "check_last_step",
     "check_not_negative",
     "check_trainer",
     "may_be_fused",
@@ -55,6 +57,11 @@ class TrainingOptions:
     teacher_cache: float
     image_cache: float
     seed: int | None
+
+    @classmethod
+    def from_arguments(cls, arguments: Mapping[str, Any]) -> Self:
+        """Pick them out of all arguments of a model's constructor."""
+        return cls(**{option.name: arguments[option.name] for option in fields(cls)})
 
     def __post_init__(self) -> None:
         """Check the values."""
@@ -132,6 +139,18 @@ def check_trainer(trainer: Trainer) -> None:
         raise ArgumentError(msg)
 
 
+def check_last_step(trainer: Trainer) -> None:
+    """Raise if training ends between two validations, now that the number of batches is known."""
+    batches = math.ceil(trainer.num_training_batches / trainer.accumulate_grad_batches)
+    steps = batches * (trainer.check_val_every_n_epoch or 1)
+    if trainer.enable_validation and trainer.max_steps > 0 and trainer.max_steps % steps:
+        msg = (
+            f"max_steps {trainer.max_steps} is no multiple of the {steps} steps from one validation to the next: the "
+            "last steps would have neither thresholds nor a checkpoint. Give a multiple, or --trainer.max_epochs."
+        )
+        raise ArgumentError(msg)
+
+
 def resolve_pre_processor(
     pre_processor: nn.Module | bool, teacher: str, image_size: int | tuple[int, int] | None
 ) -> nn.Module | bool:
@@ -151,13 +170,13 @@ def resolve_pre_processor(
 
 
 def meaning(name: str, arguments: Mapping[str, Any]) -> object:
-    """Make equal what is spelt differently: defaults, a square's side, lists and tuples, a teacher's default tag."""
+    """Make equal what is spelt differently: defaults, a square's side, lists and tuples, a backbone's default tag."""
     value = arguments[name]
-    if name == "teacher":
+    if name in {"teacher", "assistant"} and value is not None:
         return full_name(value)
     if name == "image_size":
         return _size(value)
-    if name == "map_layers" and value is None:
+    if name in {"map_layers", "assistant_layers"} and value is None:
         value = arguments["layers"]
     return list(value) if isinstance(value, (list, tuple)) else value
 

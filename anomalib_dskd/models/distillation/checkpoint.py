@@ -51,11 +51,15 @@ def _replace(path: Path, content: memoryview) -> None:
     except OSError as error:
         with contextlib.suppress(OSError):
             part.unlink(missing_ok=True)
-        kept = "The one from before is kept" if path.exists() else "There is none from before"
+        kept, again = (
+            ("The one from before is kept", "go on with `anomalib fit ... --ckpt_path` and the last checkpoint")
+            if path.exists()
+            else ("There is none from before", "start again")
+        )
         msg = (
             f"the checkpoint '{path}' of {content.nbytes / 2**20:.1f} MiB cannot be written: "
             f"{error.strerror or error}. {kept}. Make room there, or choose another folder (--default_root_dir), and "
-            "go on with `anomalib fit ... --ckpt_path` and the last checkpoint."
+            f"{again}."
         )
         raise CheckpointError(msg) from error
 

@@ -1,7 +1,9 @@
 """What the detectors have in common as anomalib models: training, evaluation and export."""
 
+import logging
+import math
 from abc import abstractmethod
-from collections.abc import Callable, Iterator, Mapping, Sized
+from collections.abc import Callable, Iterator, Sized
 from contextlib import contextmanager
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, ClassVar, cast
@@ -32,6 +34,7 @@ from anomalib_dskd.models.distillation.arguments import (
     DEFAULT_TEACHER,
     TRAINING_ONLY,
     TrainingOptions,
+    check_last_step,
     check_trainer,
     may_be_fused,
     meaning,
@@ -49,6 +52,8 @@ from anomalib_dskd.weights import find_teacher_weights
 
 __all__ = ["DistillationMixin", "seeded"]
 
+logger = logging.getLogger(__name__)
+
 SPLITS = {
     TrainerFn.FITTING: ("train", "val"),
     TrainerFn.VALIDATING: ("val",),
@@ -56,6 +61,7 @@ SPLITS = {
     TrainerFn.PREDICTING: ("test",),
 }
 """What is read of a data module in each stage."""
+OURS = "anomalib_dskd"  # key in checkpoints
 ONNX_OPSET = 18  # torch's exporter writes it; asked for an older one, as anomalib does, it tries to convert and fails
 
 if TYPE_CHECKING:  # anomalib finds models among the direct subclasses of AnomalibModule: this can only stand beside it
@@ -121,6 +127,7 @@ class DistillationMixin(Base):
     def on_fit_start(self) -> None:
         """Load the teacher's weights, unless a checkpoint has brought them, and seed what is drawn before an epoch."""
         check_trainer(self.trainer)
+        self.train()  # an export or a prediction before has left the students in evaluation mode
         if self.model.teacher.weights_origin is None:
             self.load_teacher_weights()
         if self.options.seed is not None:
@@ -128,7 +135,9 @@ class DistillationMixin(Base):
 
     def on_train_start(self) -> None:
         """Order the first batches, and make room for the teacher's features of the training images."""
+        check_last_step(self.trainer)
         loader = _training_loader(self.trainer)
+        self.model.teacher_cache = None  # of a training that was broken off
         if self.options.seed is not None:
             seed_epoch(self.trainer, loader, self.options.seed)
             start_loader_anew(self.trainer)
@@ -215,14 +224,18 @@ class DistillationMixin(Base):
             network: whose statistics are estimated.
             run: passes a training batch through it.
         """
+        if not self.options.batch_norm_images:
+            return
         loader = _training_loader(self.trainer)
         order = torch.randperm(_images(loader), generator=torch.Generator().manual_seed(0))
-        chosen, size = order[: self.options.batch_norm_images].tolist(), loader.batch_size or 1
+        chosen = order[: self.options.batch_norm_images]
+        size = loader.batch_size or getattr(loader.batch_sampler, "batch_size", None) or 1
         was_training = network.training
         network.train()
         with fresh_statistics(network), self.trainer.precision_plugin.forward_context():
-            for start in range(0, len(chosen), size):
-                batch = loader.collate_fn([loader.dataset[index] for index in chosen[start : start + size]])
+            # of nearly the same size, since each batch counts the same
+            for part in torch.tensor_split(chosen, math.ceil(len(chosen) / size)):
+                batch = loader.collate_fn([loader.dataset[index] for index in part.tolist()])
                 batch = self.trainer.strategy.batch_to_device(batch)
                 if isinstance(self.pre_processor, PreProcessor):
                     self.pre_processor.on_train_batch_start(self.trainer, self, batch, 0)
@@ -262,10 +275,13 @@ class DistillationMixin(Base):
             size that the pre-processor resizes to.
 
         Raises:
-            ArgumentError: another shape, type or range.
+            ArgumentError: another shape, type or range, or the model is in training mode.
         """
         if not torch.compiler.is_exporting():
             check_images(batch, self.pre_processor)
+            if self.training:
+                msg = f"this {self.name} is in training mode: call .eval() first, or use anomalib's Engine."
+                raise ArgumentError(msg)
         return super().forward(batch)
 
     def validation_step(self, batch: ImageBatch, batch_idx: int, dataloader_idx: int = 0) -> ImageBatch:  # type: ignore[override] # noqa: ARG002
@@ -347,7 +363,7 @@ class DistillationMixin(Base):
             msg = "compression_type 'int8_ptq' needs training images: give --data and its arguments, or a datamodule."
             raise ArgumentError(msg)
         path = super().to_openvino(export_root, **kwargs)
-        quantize_file(path, calibration_images(datamodule, kwargs.get("input_size")))
+        quantize_file(path, calibration_images(datamodule, kwargs.get("input_size") or self.input_size))
         return path
 
     @contextmanager
@@ -379,25 +395,68 @@ class DistillationMixin(Base):
         """
         self._check_weights()
         super().on_save_checkpoint(checkpoint)
+        # Lightning's own copy of the arguments is merged with those that load_from_checkpoint is given
+        arguments = {name: value for name, value in self.hparams.items() if name not in TRAINING_ONLY}
+        checkpoint[OURS] = {"arguments": arguments, "max_epochs": getattr(self._trainer, "max_epochs", None)}
 
     def on_load_checkpoint(self, checkpoint: dict[str, Any]) -> None:
-        """Refuse a checkpoint that was trained with other arguments than this model was built with."""
+        """Refuse a checkpoint that was trained with other arguments than this model was built with.
+
+        ``load_from_checkpoint`` may change what the map alone depends on; the checkpoint's thresholds are not those of
+        the new map, and are left out.
+
+        Raises:
+            ArgumentError: arguments that the weights depend on differ, or a training cannot go on as it was planned.
+        """
         super().on_load_checkpoint(checkpoint)
         # figures may be measured with other metrics than in training; anomalib's AUPRO leaves a buffer in the state
         trained = {name: value for name, value in checkpoint["state_dict"].items() if not name.startswith("evaluator.")}
         own = {name: value for name, value in self.state_dict().items() if name.startswith("evaluator.")}
         checkpoint["state_dict"] = {**trained, **own}
-        self._refuse_other_arguments(checkpoint.get("hyper_parameters", {}))
+        self._refuse_other_arguments(checkpoint)
+        if self._trainer is not None and self.trainer.state.fn == TrainerFn.FITTING:
+            self._go_on(checkpoint)
 
-    def _refuse_other_arguments(self, trained: Mapping[str, Any]) -> None:
-        schedule, goes_on = trained.get("schedule", self.options.schedule), self._trainer is not None
-        if schedule != self.options.schedule and goes_on and self.trainer.state.fn == TrainerFn.FITTING:
-            msg = f"the checkpoint was trained with schedule {schedule!r}: go on with the same one, or start anew."
+    @property
+    def has_planned_end(self) -> bool:
+        """Whether what happens in an epoch depends on how many there will be."""
+        return self.options.schedule != "constant"
+
+    def _go_on(self, checkpoint: dict[str, Any]) -> None:
+        """Go on with a training, with this model's learning rate, betas and weight decay where they may be changed."""
+        trained = checkpoint.get("hyper_parameters", {})
+        planned = {"schedule": trained.get("schedule", self.options.schedule)}
+        given: dict[str, Any] = {"schedule": self.options.schedule}
+        if self.has_planned_end and OURS in checkpoint:
+            planned["max_epochs"], given["max_epochs"] = checkpoint[OURS]["max_epochs"], self.trainer.max_epochs
+        if self.options.schedule != "constant":
+            planned["learning_rate"] = trained.get("learning_rate", self.options.learning_rate)
+            given["learning_rate"] = self.options.learning_rate
+        changed = [name for name in planned if planned[name] != given[name]]
+        if changed:
+            listed = "; ".join(f"{name}: {planned[name]!r} there, {given[name]!r} here" for name in changed)
+            msg = f"the checkpoint's training was planned with other arguments: {listed}. Give the same, or start anew."
             raise ArgumentError(msg)
+        for group in (group for state in checkpoint.get("optimizer_states", []) for group in state["param_groups"]):
+            group.update(betas=self.options.betas, weight_decay=self.options.weight_decay)
+            if self.options.schedule == "constant":
+                group["lr"] = self.options.learning_rate
+
+    def _refuse_other_arguments(self, checkpoint: dict[str, Any]) -> None:
+        trained = checkpoint.get(OURS, {}).get("arguments") or checkpoint.get("hyper_parameters", {})
         built = dict(self.hparams)
         names = [name for name in trained if name in built and name not in self.training_only]
         changed = [name for name in names if meaning(name, trained) != meaning(name, built)]
-        if changed:
+        if changed and self._trainer is None and self.map_only.issuperset(changed):
+            logger.warning(
+                "the checkpoint's thresholds are those of another map (%s): scores are not normalised until the model "
+                "is validated.",
+                ", ".join(changed),
+            )
+            state = checkpoint["state_dict"]
+            of_map = [name for name in state if name.startswith("post_processor.") and isinstance(state[name], Tensor)]
+            state.update({name: torch.full_like(state[name], torch.nan) for name in of_map})
+        elif changed:
             listed = "; ".join(f"{name}: {trained[name]!r} there, {built[name]!r} here" for name in changed)
             msg = (
                 f"the checkpoint was trained with other arguments: {listed}. Give the same arguments or --config, "

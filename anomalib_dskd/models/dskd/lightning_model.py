@@ -118,18 +118,8 @@ class Dskd(DistillationMixin, AnomalibModule):
         evaluator: Evaluator | bool = True,
         visualizer: Visualizer | bool = True,
     ) -> None:
+        options = TrainingOptions.from_arguments(locals())
         check_not_negative(l2_weight=l2_weight, sigma=sigma)
-        options = TrainingOptions(
-            teacher_weights=teacher_weights,
-            learning_rate=learning_rate,
-            schedule=schedule,
-            betas=betas,
-            weight_decay=weight_decay,
-            batch_norm_images=batch_norm_images,
-            teacher_cache=teacher_cache,
-            image_cache=image_cache,
-            seed=seed,
-        )
         check_teacher(teacher)
         super().__init__(
             pre_processor=resolve_pre_processor(pre_processor, teacher, image_size),

@@ -77,7 +77,8 @@ class Dtgd(DistillationMixin, AnomalibModule):
             its batches, from this number and the epoch's. A training that is resumed then ends as if it had never been
             stopped. Default, anomalib's: unseeded; each training, and each that is resumed, has an order of its own.
         pre_processor: as in every anomalib model.
-        post_processor: as in every anomalib model.
+        post_processor: as in every anomalib model. Default:
+            :class:`~anomalib_dskd.post_processing.NormalQuantilePostProcessor`, which says what a score of 0.5 means.
         evaluator: as in every anomalib model. Default: :class:`~anomalib_dskd.evaluation.RawScoreEvaluator`.
         visualizer: as in every anomalib model.
 
@@ -123,21 +124,11 @@ class Dtgd(DistillationMixin, AnomalibModule):
         evaluator: Evaluator | bool = True,
         visualizer: Visualizer | bool = True,
     ) -> None:
+        options = TrainingOptions.from_arguments(locals())
         check_not_negative(sigma=sigma, dissimilarity_weight=dissimilarity_weight)
         if not -1 <= margin < 1:
             msg = f"margin {margin!r} must be a cosine from -1 up to, not including, 1."
             raise ArgumentError(msg)
-        options = TrainingOptions(
-            teacher_weights=teacher_weights,
-            learning_rate=learning_rate,
-            schedule=schedule,
-            betas=betas,
-            weight_decay=weight_decay,
-            batch_norm_images=batch_norm_images,
-            teacher_cache=teacher_cache,
-            image_cache=image_cache,
-            seed=seed,
-        )
         check_teacher(teacher)
         super().__init__(
             pre_processor=resolve_pre_processor(pre_processor, teacher, image_size),

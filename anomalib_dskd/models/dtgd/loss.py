@@ -17,9 +17,10 @@ def dissimilarity_loss(
     r"""Average, over the damaged part of the images, how much alike two pyramids are beyond a margin.
 
     .. math::
-        \ell = \frac{1}{K} \sum_k \frac{\sum_{ij} m^k_{ij} \max(0, \cos(d^k_{ij}, a^k_{ij}) - \mu)}{\sum_{ij} m^k_{ij}}
+        \ell = \frac{1}{K} \sum_k
+        \frac{\sum_{bij} m^k_{bij} \max(0, \cos(d^k_{bij}, a^k_{bij}) - \mu)}{\sum_{bij} m^k_{bij}}
 
-    where :math:`m^k_{ij}` is the share of a feature pixel that is damaged.
+    where :math:`m^k_{bij}` is the share of a feature pixel of image :math:`b` that is damaged.
 
     Args:
         decoder: the decoder student's features, one ``(B, C_k, H_k, W_k)`` a level.

@@ -57,8 +57,9 @@ class Tad(DistillationMixin, AnomalibModule):
     but these two runs outside training.
 
     The share of the epochs that the assistant has follows from the epoch and ``max_epochs`` alone, so that an
-    interrupted training goes on in the right phase with the same ``max_epochs``. Until the student's phase, there are
-    no results: what a validation measures there means nothing, and a checkpoint from there cannot be tested.
+    interrupted training goes on in the right phase; it is refused with another ``max_epochs``. Until the student's
+    phase, there are no results: what a validation measures there means nothing, and a checkpoint from there cannot be
+    tested.
 
     Args:
         teacher: timm backbone that supports ``features_only``. Default, our choice: DSKD's ImageNet ResNet18 with
@@ -99,7 +100,8 @@ class Tad(DistillationMixin, AnomalibModule):
             its batches, from this number and the epoch's. A training that is resumed then ends as if it had never been
             stopped. Default, anomalib's: unseeded; each training, and each that is resumed, has an order of its own.
         pre_processor: as in every anomalib model.
-        post_processor: as in every anomalib model.
+        post_processor: as in every anomalib model. Default:
+            :class:`~anomalib_dskd.post_processing.NormalQuantilePostProcessor`, which says what a score of 0.5 means.
         evaluator: as in every anomalib model. Default: :class:`~anomalib_dskd.evaluation.RawScoreEvaluator`.
         visualizer: as in every anomalib model.
 
@@ -148,19 +150,9 @@ class Tad(DistillationMixin, AnomalibModule):
         evaluator: Evaluator | bool = True,
         visualizer: Visualizer | bool = True,
     ) -> None:
+        options = TrainingOptions.from_arguments(locals())
         check_not_negative(sigma=sigma, entropy_weight=entropy_weight, inverse_weight=inverse_weight)
         _check_guides(teacher, assistant, assistant_share, guidance)
-        options = TrainingOptions(
-            teacher_weights=teacher_weights,
-            learning_rate=learning_rate,
-            schedule=schedule,
-            betas=betas,
-            weight_decay=weight_decay,
-            batch_norm_images=batch_norm_images,
-            teacher_cache=teacher_cache,
-            image_cache=image_cache,
-            seed=seed,
-        )
         check_teacher(teacher)
         super().__init__(
             pre_processor=resolve_pre_processor(pre_processor, teacher, image_size),
@@ -187,6 +179,11 @@ class Tad(DistillationMixin, AnomalibModule):
             self._check_assistants_size(*self.input_size)
 
     # --- phases -------------------------------------------------------------------------------------------------
+
+    @property
+    def has_planned_end(self) -> bool:
+        """Whether what happens in an epoch depends on how many there will be, as the phases do."""
+        return self.assistant is not None or super().has_planned_end
 
     @property
     def is_assistants_phase(self) -> bool:

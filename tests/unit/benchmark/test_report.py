@@ -213,7 +213,10 @@ def test_categories_by_model_with_spread_mean_and_the_best_in_bold(tmp_path):
         "B": "79.5",
     }
     text = (tmp_path / "report.md").read_text()
-    assert "Mean ± standard deviation (n - 1) over 2 seeds (B 1); a figure without ± is that of a single seed." in text
+    assert (
+        "Mean ± standard deviation (n - 1) over 2 seeds (B 1); a figure without ± has fewer than two whole seeds."
+        in text
+    )
 
 
 def test_a_mean_over_fewer_categories_says_so_and_is_not_the_best(tmp_path):
@@ -367,7 +370,9 @@ def test_paper_means_agree_with_its_categories(benchmark):
         ({"map_layers": [3], "embedding": False}, None),
         ({"map_pair": "T-E", "losses": "both"}, None),
         ({"teacher": "tf_efficientnet_lite0"}, None),
+        ({"teacher": "resnet18d"}, None),
         ({"sigma": 2.0}, None),
+        ({"schedule": "one_cycle"}, None),
         ({"l2_weight": 0.0, "map_pair": "E-D"}, None),
     ],
 )
@@ -389,6 +394,20 @@ def test_other_models_are_told_by_their_class():
 def test_data_sets_are_known_by_anomalibs_names(data):
     assert paper.benchmark_of(data)
     assert paper.benchmark_of(data + "2") is None
+
+
+def test_a_report_of_an_unfinished_run_says_what_is_to_do(tmp_path):
+    write_run(tmp_path, done(), failed("PaDiM"))
+    jobs = [done(), failed("PaDiM"), *(failed("STFPM", seed=seed) for seed in (0, 1))]
+    (tmp_path / "plan.json").write_text(json.dumps(jobs))
+    write_report(tmp_path)
+    for name in ("report.md", "report.html"):
+        text = " ".join(re.sub("<[^>]*>", " ", (tmp_path / name).read_text()).split())
+        assert re.search("jobs:? 1 done, 1 failed, 2 to do", text), name
+        assert re.search(r"to do:? STFPM \(2\)", text), name
+    (tmp_path / "plan.json").write_text(json.dumps(jobs[:2]))
+    write_report(tmp_path)
+    assert "to do" not in (tmp_path / "report.md").read_text()
 
 
 def test_ablations_on_other_data_stand_apart(tmp_path):
@@ -750,11 +769,13 @@ def test_a_corrupt_line_is_named_with_its_number(tmp_path):
 @pytest.mark.parametrize(
     ("changes", "message"),
     [
-        ({"status": "lost"}, "status 'lost' is neither 'done' nor 'failed'"),
         ({"model": None}, "model None is not a text"),
         ({"seed": "0"}, "seed '0' is not a whole number"),
         ({"figures": {"AUPRO": "high"}}, "figures.AUPRO 'high' is not a number or null"),
         ({"speed": [1.0]}, r"speed.pytorch_ms \[1.0\] is not a number or null"),
+        ({"speed": 5}, "speed.pytorch_ms 5 is not a number or null"),
+        ({"weights": ["resnet18"]}, r"weights \['resnet18'\] holds something else than mappings"),
+        ({"classes": {"Crack": 1}}, "classes {'Crack': 1} holds something else than mappings"),
     ],
 )
 def test_a_line_of_another_kind_is_named_by_its_job(tmp_path, changes, message):

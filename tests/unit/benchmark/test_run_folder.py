@@ -3,7 +3,8 @@ import json
 import pytest
 
 from anomalib_dskd.benchmark import run_folder
-from anomalib_dskd.benchmark.run_folder import RunFolder, read_results
+from anomalib_dskd.benchmark.config import BenchmarkConfig, DatasetSpec, ModelSpec, expand
+from anomalib_dskd.benchmark.run_folder import RunFolder, read_plan, read_results
 from anomalib_dskd.errors import ArgumentError, DataError
 
 CONFIG = "seeds:\n- 0\nepochs: 3\n"
@@ -108,3 +109,44 @@ def test_the_run_folder_itself_may_be_a_link(tmp_path):
 
 def test_no_results_yet(tmp_path):
     assert read_results(tmp_path) == []
+
+
+def jobs(sha256: str = "a") -> list:
+    models = [ModelSpec({"class_path": f"anomalib_dskd.{name}"}) for name in ("Dskd", "Tad")]
+    data = [DatasetSpec({"class_path": "anomalib_dskd.MagneticTile"})]
+    weights = [{"name": "resnet18", "file": "resnet18.pth", "sha256": sha256}]
+    return expand(BenchmarkConfig(models, data, epochs=3), weights)
+
+
+def test_all_jobs_are_written_down_before_the_first(tmp_path):
+    with RunFolder(tmp_path, CONFIG) as folder:
+        assert read_plan(tmp_path) is None
+        folder.keep_plan(jobs())
+        folder.keep_plan(jobs())
+    plan = read_plan(tmp_path)
+    assert [(job["job"], job["model"]) for job in plan] == [(job.id, job.model) for job in jobs()]
+
+
+def test_jobs_that_have_become_others_are_refused_with_what_has_changed(tmp_path):
+    with RunFolder(tmp_path, CONFIG) as folder:
+        folder.keep_plan(jobs("a"))
+        with pytest.raises(
+            ArgumentError, match=r"of other jobs.*: Dskd: weights was .*'sha256': 'a'.* is .*'sha256': 'b'"
+        ):
+            folder.keep_plan(jobs("b"))
+        with pytest.raises(ArgumentError, match="2 jobs were, 1 are now"):
+            folder.keep_plan(jobs()[:1])
+
+
+@pytest.mark.parametrize("content", ["{", "[1]", '[{"model": "DSKD"}]'])
+def test_a_damaged_plan_is_named(content, tmp_path):
+    (tmp_path / "plan.json").write_text(content)
+    with pytest.raises(DataError, match="plan.json' is no plan of a benchmark"):
+        read_plan(tmp_path)
+
+
+@pytest.mark.parametrize("line", ['{"job": "1"}', '{"job": "1", "status": "half"}', "[]", "5", '{"job": "\xff"}'])
+def test_a_line_that_is_no_result_is_named(line, tmp_path):
+    (tmp_path / "results.jsonl").write_bytes(line.encode("latin-1") + b"\n")
+    with pytest.raises(DataError, match="line 1 of .*results.jsonl' is no result"):
+        read_results(tmp_path)

@@ -58,14 +58,18 @@ def test_openvino_figures_reach_the_record(job, monkeypatch):
 
 @pytest.mark.parametrize(
     ("class_path", "size_in"),
-    [("anomalib_dskd.Dskd", "image_size"), ("anomalib.models.Padim", "pre_processor")],
+    [
+        ("anomalib_dskd.Dskd", "image_size"),
+        ("anomalib.models.FoundAD", "image_size"),  # which takes one side
+        ("anomalib.models.Padim", "pre_processor"),
+    ],
 )
 def test_every_model_gets_the_size_in_its_own_way(job, class_path, size_in):
     arguments = run_job._model_arguments(dataclasses.replace(job, class_path=class_path))
     assert {"evaluator", "visualizer", size_in} == set(arguments)
     assert arguments["evaluator"] is False
     if size_in == "image_size":
-        assert arguments["image_size"] == (96, 96)
+        assert arguments["image_size"] == (96 if class_path.endswith("FoundAD") else (96, 96))
     else:
         assert list(arguments["pre_processor"].transform.transforms[0].size) == [96, 96]
 
@@ -121,9 +125,14 @@ def test_only_a_training_that_is_shared_is_kept(job, tmp_path):
     assert [(task.job, task.training) for task in left] == [(alone, None), (second, tasks[1].training)]
 
 
+@pytest.mark.parametrize(
+    "arguments",
+    [{"map_layers": [2]}, {"sigma": 0.0}, {"sigma": 1.0}, {"sigma": 1.9}],  # 1.9: a blur of the same size as 2
+    ids=str,
+)
 @pytest.mark.filterwarnings("ignore")  # the libraries' own
-def test_a_shared_training_gives_what_a_training_of_its_own_gives(tiny_job, tmp_path):
-    other_map = with_arguments(tiny_job, map_layers=[2])
+def test_a_shared_training_gives_what_a_training_of_its_own_gives(arguments, tiny_job, tmp_path):
+    other_map = with_arguments(tiny_job, **arguments)
     records = {}
     for name, job, training in (
         ("whole", tiny_job, tmp_path / "trainings" / "shared.pt"),
@@ -135,9 +144,21 @@ def test_a_shared_training_gives_what_a_training_of_its_own_gives(tiny_job, tmp_
     assert records["shared"]["training"] == records["whole"]["training"]
     assert records["shared"]["cost"]["trained_parameters"] == records["alone"]["cost"]["trained_parameters"] > 0
     assert records["shared"]["figures"] == pytest.approx(records["alone"]["figures"], abs=1e-6)
-    assert records["shared"]["figures"] != pytest.approx(records["whole"]["figures"], abs=1e-3)
-    maps = [np.load(tmp_path / name / "predictions.npz")["maps"] for name in ("shared", "alone")]
-    np.testing.assert_allclose(*maps, atol=1e-3)  # they are kept in 16 bits
+    maps = {name: np.load(tmp_path / name / "predictions.npz")["maps"] for name in records}
+    np.testing.assert_allclose(maps["shared"], maps["alone"], atol=1e-3)  # they are kept in 16 bits
+    assert np.abs(maps["shared"] - maps["whole"]).max() > 5e-3
+
+
+@pytest.mark.slow
+@pytest.mark.filterwarnings("ignore")  # the libraries' own
+def test_speed_and_cost_of_a_real_model_are_measured(tiny_job, tmp_path):
+    measure = {"speed": True, "int8": True, "seconds": 0.1}
+    record = run_job.run_job(dataclasses.replace(tiny_job, measure=measure), tmp_path, lambda *_: None)
+    assert record["notes"] == []
+    assert all(value > 0 for value in record["speed"].values())
+    assert record["speed"]["throughput_batch"] in {1, 4, 16}
+    assert all(value > 0 for value in record["cost"].values())
+    assert record["cost"]["trained_parameters"] < record["cost"]["parameters"]
 
 
 def test_results_stay_in_the_run_folder(job, tmp_path):

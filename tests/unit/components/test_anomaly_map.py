@@ -58,3 +58,9 @@ def test_mixed_precision_does_not_reach_the_map():
         mixed = generator(first, second, (64, 64))
     assert mixed.dtype == torch.float32
     assert torch.equal(mixed, plain)
+
+
+def test_the_blur_is_nothing_learnt():
+    generator = AnomalyMapGenerator(sigma=2.0)
+    assert not generator.state_dict()
+    assert len(list(generator.buffers())) == 2

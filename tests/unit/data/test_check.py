@@ -159,7 +159,7 @@ BREAK = {
         lambda r: (r / "mask/0.png").write_bytes((r / "mask/0.png").read_bytes()[:50]),
         {"unreadable-mask": ("error", ["0.png"])},
     ),
-    "mask missing": (lambda r: (r / "mask/0.png").unlink(), {"setup": ("error", [])}),
+    "mask missing": (lambda r: (r / "mask/0.png").unlink(), {"setup": ("error", []), "no-mask": ("error", ["0.png"])}),
     "same picture in training and test": (
         lambda r: shutil.copy(r / "good/00.png", r / "test/copy.png"),
         {"same-picture": ("error", ["00.png", "copy.png"])},
@@ -174,7 +174,7 @@ BREAK = {
     ),
     "nearly the same picture": (
         lambda r: save(r, "test/copy.jpg", picture(0), quality=80),
-        {"near-duplicate": ("warning", ["copy.jpg"])},
+        {"near-duplicate": ("warning", ["00.png", "copy.jpg"])},
     ),
     "a suffix that is not read": (
         lambda r: save(r, "good/00.gif", picture(90)),

@@ -10,6 +10,7 @@ from anomalib.engine import Engine
 from anomalib.models import get_model, list_models
 from anomalib.models.components import AnomalibModule
 from lightning import Callback
+from torchvision.transforms.v2 import RandomHorizontalFlip, Transform
 
 from anomalib_dskd import Afkd, Dskd, Dtgd, MagneticTile, Tad
 from anomalib_dskd.components.teacher import Teacher
@@ -43,11 +44,20 @@ def engine(folder: Path, **arguments) -> Engine:
     return Engine(default_root_dir=folder, accelerator="cpu", devices=1, **quiet, **arguments)
 
 
-def fit(model: AnomalibModule, root: Path, folder: Path, *, num_workers: int = 0, **trainer) -> AnomalibModule:
+def fit(
+    model: AnomalibModule,
+    root: Path,
+    folder: Path,
+    *,
+    num_workers: int = 0,
+    augmentations: Transform | None = None,
+    checkpoint: Path | None = None,
+    **trainer,
+) -> AnomalibModule:
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")
-        data = MagneticTile(root, train_batch_size=4, num_workers=num_workers)
-        engine(folder, **{"max_epochs": 2, **trainer}).fit(model, datamodule=data)
+        data = MagneticTile(root, train_batch_size=4, num_workers=num_workers, train_augmentations=augmentations)
+        engine(folder, **{"max_epochs": 2, **trainer}).fit(model, datamodule=data, ckpt_path=checkpoint)
     return model
 
 
@@ -133,13 +143,14 @@ def test_test_predict_and_resume_without_weights_file(trained, magnetic_tile_roo
         tested, predicting, resumed = (build(type(model), "gone.safetensors") for _ in range(3))
         (figures,) = engine(tmp_path / "test").test(tested, datamodule=data, ckpt_path=checkpoint)
         predictions = engine(tmp_path / "predict").predict(predicting, datamodule=data, ckpt_path=checkpoint)
-        engine(tmp_path / "resume", max_epochs=3).fit(resumed, datamodule=data, ckpt_path=checkpoint)
+        if not resumed.has_planned_end:
+            engine(tmp_path / "resume", max_epochs=3).fit(resumed, datamodule=data, ckpt_path=checkpoint)
     assert set(figures) == {"image_AUROC", "image_F1Score", "pixel_AUROC", "pixel_F1Score", "pixel_AUPRO"}
     scores = torch.cat([batch.pred_score for batch in predictions])
     assert len(scores) == 12
     assert scores.isfinite().all()
     assert len(scores.unique()) > 1
-    assert resumed.current_epoch == 3
+    assert resumed.has_planned_end or resumed.current_epoch == 3
 
 
 class StopInThirdEpoch(Callback):
@@ -149,18 +160,18 @@ class StopInThirdEpoch(Callback):
 
 
 @every_model
-def test_a_resumed_training_ends_with_the_same_weights(kind, magnetic_tile_root, teacher_weights, tmp_path):
-    root = magnetic_tile_root
-    through = fit(build(kind, teacher_weights), root, tmp_path / "through", max_epochs=3)
-    stopping = {"max_epochs": 3, "callbacks": [StopInThirdEpoch()]}
+@pytest.mark.parametrize("augmentations", [None, RandomHorizontalFlip()], ids=["plain", "random"])
+def test_a_resumed_training_ends_with_the_same_weights(
+    kind, augmentations, magnetic_tile_root, teacher_weights, tmp_path
+):
+    common = {"max_epochs": 3, "augmentations": augmentations}
+    through = fit(build(kind, teacher_weights), magnetic_tile_root, tmp_path / "through", **common)
+    stopping = {**common, "callbacks": [StopInThirdEpoch()]}
     with pytest.raises(InterruptedError):
-        fit(build(kind, teacher_weights), root, tmp_path / "stopped", **stopping)
+        fit(build(kind, teacher_weights), magnetic_tile_root, tmp_path / "stopped", **stopping)
     (checkpoint,) = (tmp_path / "stopped").rglob("v0/**/model.ckpt")
     resumed = build(kind, "gone.safetensors")
-    with warnings.catch_warnings():
-        warnings.simplefilter("ignore")
-        data = MagneticTile(root, train_batch_size=4)
-        engine(tmp_path / "resumed", max_epochs=3).fit(resumed, datamodule=data, ckpt_path=checkpoint)
+    fit(resumed, magnetic_tile_root, tmp_path / "resumed", checkpoint=checkpoint, **common)
     learnt = tuple(f"{part}." for part in ("model", *kind.training_parts))
     first, second = (
         {name: value for name, value in model.state_dict().items() if name.startswith(learnt)}

@@ -9,14 +9,13 @@ import pytest
 import torch
 from anomalib.data import ImageBatch
 from anomalib.engine import Engine
-from anomalib.models import get_model, list_models
 from anomalib.pre_processing import PreProcessor
-from lightning import Callback
+from lightning import Callback, LightningModule
 from PIL import Image
+from torchvision.transforms.v2 import Normalize, Resize
 
 from anomalib_dskd import Dskd, MagneticTile
 from anomalib_dskd.components.feature_cache import FeatureCache
-from anomalib_dskd.components.teacher import Teacher
 from anomalib_dskd.data import magnetic_tile
 from anomalib_dskd.errors import ArgumentError, DataError, DivergedError, NotTrainedError, TeacherWeightsError
 from anomalib_dskd.evaluation import RawScoreEvaluator
@@ -59,16 +58,6 @@ def test_every_value_of_the_paper_is_the_default():
     assert model["embedding_blocks"] == 2  # Table 6, by the parameter count
     assert tuple(Dskd().input_size) == (256, 256)  # section 4.1.2
     assert data["train_batch_size"] == 16  # our choice
-
-
-def test_every_documented_argument_exists():
-    documented = set(defaults(Dskd.__init__)) - {"self"}
-    assert all(f"        {name}: " in inspect.getdoc(Dskd).replace("    ", "        ") for name in documented)
-
-
-def test_anomalib_finds_the_model_by_name():
-    assert "dskd" in list_models()
-    assert isinstance(get_model("dskd"), Dskd)
 
 
 def test_optimiser_is_the_papers_and_leaves_the_teacher_out(tiny_model):
@@ -141,7 +130,7 @@ def test_training_does_not_go_on_with_another_schedule(trained, magnetic_tile_ro
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")
         data = MagneticTile(magnetic_tile_root, train_batch_size=4)
-        with pytest.raises(ArgumentError, match="was trained with schedule 'constant'"):
+        with pytest.raises(ArgumentError, match="planned with .*: schedule: 'constant' there, 'one_cycle' here"):
             engine(tmp_path, max_epochs=2).fit(model, datamodule=data, ckpt_path=checkpoint)
 
 
@@ -157,17 +146,6 @@ def test_a_loss_that_is_not_finite_stops_the_training(magnetic_tile_root, teache
         trained_anew(tmp_path, magnetic_tile_root, teacher_weights, trainer=trainer)
     kept = Dskd.load_from_checkpoint(next(tmp_path.rglob("model.ckpt")))
     assert all(parameter.isfinite().all() for parameter in kept.parameters())
-
-
-def test_training_changes_the_students_and_not_the_teacher(trained, teacher_weights):
-    model, _ = trained
-    fresh = Dskd(teacher=TEACHER, teacher_weights=teacher_weights, image_size=64, sigma=2.0, seed=0)
-    fresh.load_teacher_weights()
-    before, after = fresh.model.state_dict(), model.model.state_dict()
-    tensors = [name for name in before if "_extra_state" not in name and "kernel" not in name]
-    changed = {name.split(".")[0] for name in tensors if not torch.equal(before[name], after[name])}
-    assert changed == {"encoder_student", "embedding", "decoder_student"}
-    assert not model.model.teacher.training
 
 
 def test_seed_fixes_the_students_initial_weights():
@@ -205,18 +183,6 @@ def with_and_without(cache: str, calls: list, folder: Path, root: Path, weights:
         model = trained_anew(folder / str(size), root, weights, trainer=trainer, **{cache: size}, **arguments)
         results.append((list(calls), model))
     return results
-
-
-def test_two_trainings_with_one_seed_give_the_same_weights(magnetic_tile_root, teacher_weights, tmp_path):
-    states = []
-    for run in ("a", "b"):
-        torch.manual_seed(hash(run) % 1000)  # what happened before does not matter
-        trainer = {"limit_val_batches": 0}
-        model = trained_anew(tmp_path / run, magnetic_tile_root, teacher_weights, trainer=trainer)
-        states.append(model.model.state_dict())
-    for name, value in states[0].items():
-        same = torch.equal(value, states[1][name]) if isinstance(value, torch.Tensor) else value == states[1][name]
-        assert same, name
 
 
 @pytest.mark.parametrize("validation_batches", [0, 1])
@@ -262,18 +228,6 @@ def test_fresh_batch_norm_statistics_leave_the_training_as_it_is(magnetic_tile_r
     assert differ == {(student, statistic) for student in students for statistic in statistics}
 
 
-def test_teacher_runs_once_for_each_image_with_the_cache(magnetic_tile_root, teacher_weights, tmp_path, monkeypatch):
-    images, original = [], Teacher.forward
-    monkeypatch.setattr(Teacher, "forward", lambda self, batch: images.append(len(batch)) or original(self, batch))
-    results = with_and_without("teacher_cache", images, tmp_path, magnetic_tile_root, teacher_weights)
-    (cached, mine), (uncached, theirs) = results
-    assert (sum(cached), sum(uncached)) == (8, 24)
-    loss, expected = (float(model.trainer.callback_metrics["train_loss"]) for model in (mine, theirs))
-    assert loss == pytest.approx(expected, rel=1e-2)  # Adam makes more of the rounding, from the first step on
-    assert mine.model.teacher_cache is None  # its memory is free again
-    assert theirs.model.teacher_cache is None
-
-
 def test_images_are_decoded_once_and_train_the_same(magnetic_tile_root, teacher_weights, tmp_path, monkeypatch):
     read, original = [], magnetic_tile.read_named_image
     monkeypatch.setattr(magnetic_tile, "read_named_image", lambda path: read.append(path) or original(path))
@@ -286,7 +240,7 @@ def test_images_are_decoded_once_and_train_the_same(magnetic_tile_root, teacher_
 
 
 def test_losses_are_the_same_with_the_cache(tiny_model):
-    images = torch.randn(3, 3, 64, 64)
+    images = torch.randn(3, 3, 64, 64, generator=torch.Generator().manual_seed(0))
     tiny_model.train()
     features = tiny_model.model(images)
     expected = tiny_model.loss(features.teacher, features.students)
@@ -295,7 +249,7 @@ def test_losses_are_the_same_with_the_cache(tiny_model):
         features = tiny_model.model(images)
         losses = tiny_model.loss(features.teacher, features.students)
         for student, loss in losses.items():
-            assert loss.item() == pytest.approx(expected[student].item(), abs=1e-6)
+            assert loss.item() == pytest.approx(expected[student].item(), abs=1e-5)  # kept in 16 bits
 
 
 def test_checkpoint_brings_the_teacher_and_the_result(trained):
@@ -309,24 +263,6 @@ def test_checkpoint_brings_the_teacher_and_the_result(trained):
     assert tuple(loaded.input_size) == (64, 64)
     assert not any(parameter.requires_grad for parameter in loaded.model.teacher.parameters())
     assert loaded.pre_processor.transform.transforms[0].antialias is False
-
-
-def test_checkpoint_resumes_test_and_predict_without_weights_file(trained, magnetic_tile_root, tmp_path):
-    _, checkpoint = trained
-    data = MagneticTile(magnetic_tile_root, train_batch_size=4)
-    arguments = {"teacher": TEACHER, "image_size": 64, "sigma": 2.0, "teacher_weights": "gone.safetensors"}
-    with warnings.catch_warnings():
-        warnings.simplefilter("ignore")
-        model = Dskd(**arguments, visualizer=False)
-        (figures,) = engine(tmp_path / "test").test(model, datamodule=data, ckpt_path=checkpoint)
-        model = Dskd(**arguments, visualizer=False)
-        predictions = engine(tmp_path / "predict").predict(model, datamodule=data, ckpt_path=checkpoint)
-        resumed = Dskd(**arguments, visualizer=False)
-        engine(tmp_path / "resume", max_epochs=2).fit(resumed, datamodule=data, ckpt_path=checkpoint)
-    assert set(figures) == {"image_AUROC", "image_F1Score", "pixel_AUROC", "pixel_F1Score", "pixel_AUPRO"}
-    assert sum(len(batch.pred_score) for batch in predictions) == 12
-    assert resumed.current_epoch == 2
-    assert not resumed.model.teacher.training
 
 
 def test_checkpoint_of_other_arguments_is_refused(trained, magnetic_tile_root, tmp_path):
@@ -347,9 +283,115 @@ def test_checkpoint_loads_with_any_evaluator(trained, evaluator):
     assert model.model.is_trained
 
 
-def test_arguments_given_to_load_from_checkpoint_win(trained):
+def test_another_map_of_a_checkpoint_has_no_thresholds_yet(trained, magnetic_tile_root, tmp_path, caplog):
     _, checkpoint = trained
-    assert Dskd.load_from_checkpoint(checkpoint, map_layers=[2]).model.map_levels == (1,)
+    same = Dskd.load_from_checkpoint(checkpoint)
+    assert not same.post_processor.image_threshold.isnan()
+    assert "another map" not in caplog.text
+    other = Dskd.load_from_checkpoint(checkpoint, map_layers=[2], sigma=1.0, visualizer=False)
+    assert "those of another map (map_layers, sigma)" in caplog.text
+    assert other.model.map_levels == (1,)
+    assert other.model.anomaly_map_generator.blur[0].kernel.shape[-2] == 9
+    names = ("image_threshold", "pixel_threshold", "image_min", "image_max", "pixel_min", "pixel_max")
+    assert all(getattr(other.post_processor, name).isnan() for name in names)
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")
+        engine(tmp_path).validate(other, datamodule=MagneticTile(magnetic_tile_root), verbose=False)
+    assert not any(getattr(other.post_processor, name).isnan() for name in names)
+
+
+@pytest.mark.parametrize(("name", "value"), [("image_size", 96), ("l2_weight", 0.5), ("losses", "decoder")])
+def test_what_the_weights_depend_on_cannot_be_changed_in_load_from_checkpoint(trained, name, value):
+    _, checkpoint = trained
+    with pytest.raises(ArgumentError, match=f"trained with other arguments: {name}: .* there, {value!r} here"):
+        Dskd.load_from_checkpoint(checkpoint, **{name: value})
+
+
+def test_a_model_in_training_mode_says_what_to_do(trained):
+    _, checkpoint = trained
+    model = Dskd.load_from_checkpoint(checkpoint).train()
+    with pytest.raises(ArgumentError, match=r"this Dskd is in training mode: call \.eval\(\) first"):
+        model(torch.rand(1, 3, 64, 64))
+
+
+def test_training_goes_on_with_the_rate_that_is_given(trained, magnetic_tile_root, tmp_path):
+    _, checkpoint = trained
+    seen = []
+
+    class Record(Callback):
+        def on_before_optimizer_step(self, trainer, pl_module, optimizer):  # noqa: ARG002
+            (group,) = optimizer.param_groups
+            seen.append((group["lr"], tuple(group["betas"]), group["weight_decay"]))
+
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")
+        for arguments in ({}, {"learning_rate": 1e-4, "betas": (0.9, 0.99), "weight_decay": 0.1}):
+            model = Dskd(teacher=TEACHER, image_size=64, sigma=2.0, visualizer=False, **arguments)
+            data = MagneticTile(magnetic_tile_root, train_batch_size=8)
+            trainer = engine(tmp_path / str(len(seen)), max_epochs=2, callbacks=[Record()])
+            trainer.fit(model, datamodule=data, ckpt_path=checkpoint)
+    assert seen == [(1e-3, (0.5, 0.999), 0.0), (1e-4, (0.9, 0.99), 0.1)]
+
+
+@pytest.mark.parametrize(
+    ("arguments", "epochs", "message"),
+    [({}, 4, "max_epochs: 2 there, 4 here"), ({"learning_rate": 0.1}, 2, "learning_rate: 0.01 there, 0.1 here")],
+)
+def test_one_cycle_goes_on_as_it_was_planned(arguments, epochs, message, magnetic_tile_root, teacher_weights, tmp_path):
+    one_cycle = {"schedule": "one_cycle", "learning_rate": 0.01}
+    trained_anew(tmp_path, magnetic_tile_root, teacher_weights, **one_cycle)
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")
+        model = Dskd(**{"teacher": TEACHER, "image_size": 64, "sigma": 2.0, **one_cycle, **arguments})
+        data = MagneticTile(magnetic_tile_root, train_batch_size=4)
+        checkpoint = next(tmp_path.rglob("model.ckpt"))
+        with pytest.raises(ArgumentError, match=f"planned with other arguments: {message}"):
+            engine(tmp_path / "on", max_epochs=epochs).fit(model, datamodule=data, ckpt_path=checkpoint)
+
+
+def test_students_train_in_training_mode_after_a_prediction(tiny_model, magnetic_tile_root, tmp_path):
+    modes = []
+
+    class Record(Callback):
+        def on_train_batch_end(self, trainer, pl_module, *_):  # noqa: ARG002
+            modes.append((pl_module.model.encoder_student.training, pl_module.model.teacher.training))
+
+    tiny_model.eval()
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")
+        data = MagneticTile(magnetic_tile_root, train_batch_size=8)
+        engine(tmp_path, max_epochs=1, limit_val_batches=0, callbacks=[Record()]).fit(tiny_model, datamodule=data)
+    assert modes == [(True, False)]
+
+
+def test_arguments_reach_what_they_are_for():
+    model = Dskd(
+        teacher=TEACHER,
+        l2_weight=0.3,
+        sigma=1.0,
+        learning_rate=0.02,
+        betas=(0.8, 0.9),
+        weight_decay=0.7,
+        embedding_blocks=3,
+        batch_norm_images=5,
+    )
+    (group,) = model.configure_optimizers().param_groups
+    assert (group["lr"], group["betas"], group["weight_decay"]) == (0.02, (0.8, 0.9), 0.7)
+    assert model.loss.l2_weight == model.model.anomaly_map_generator.l2_weight == 0.3
+    assert model.model.anomaly_map_generator.kernel_size == 9  # 4 sigma to each side
+    assert len(model.model.embedding.residual) == 3
+    assert model.options.batch_norm_images == 5
+
+
+def test_a_model_around_keeps_its_arguments_to_itself():
+    class Around(LightningModule):
+        def __init__(self, learning_rate: float = 5.0, seed: int = 9) -> None:  # noqa: ARG002 - what is saved
+            super().__init__()
+            self.save_hyperparameters()
+            self.part = Dskd(teacher=TEACHER, learning_rate=0.25, seed=1)
+
+    options = Around().part.options
+    assert (options.learning_rate, options.seed) == (0.25, 1)
 
 
 def test_arguments_of_the_same_meaning_pass_for_the_same(trained, magnetic_tile_root, tmp_path):
@@ -366,6 +408,8 @@ def test_arguments_of_the_same_meaning_pass_for_the_same(trained, magnetic_tile_
     ("trainer", "message"),
     [
         ({"max_epochs": 3, "check_val_every_n_epoch": 2}, "max_epochs 3 is no multiple of check_val_every_n_epoch 2"),
+        ({"max_steps": 1}, "max_steps 1 is no multiple of the 2 steps from one validation to the next"),
+        ({"max_steps": 2, "check_val_every_n_epoch": 2}, "max_steps 2 is no multiple of the 4 steps"),
         ({"max_epochs": 1, "precision": "bf16-true"}, "precision 'bf16-true' is too coarse .* Legal are 32-true"),
     ],
 )
@@ -374,13 +418,19 @@ def test_training_that_would_end_without_a_result_is_refused(
 ):
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")
+        data = MagneticTile(magnetic_tile_root, train_batch_size=4)
         with pytest.raises(ArgumentError, match=message):
-            engine(tmp_path, **trainer).fit(tiny_model, datamodule=MagneticTile(magnetic_tile_root))
+            engine(tmp_path, **trainer).fit(tiny_model, datamodule=data)
 
 
 def test_normalisation_of_another_teacher_is_refused():
     with pytest.raises(ArgumentError, match=r"normalises with .*0.485.* was trained with \[\[0.5, 0.5, 0.5\]"):
         Dskd(teacher=TEACHER, pre_processor=Dskd.configure_pre_processor((64, 64)))
+    for none in (PreProcessor(), PreProcessor(Resize(64))):
+        with pytest.raises(
+            ArgumentError, match="the pre_processor does not normalise; .* Add torchvision's v2.Normalize"
+        ):
+            Dskd(teacher=TEACHER, pre_processor=none)
     own = Dskd.configure_pre_processor((64, 64), teacher=TEACHER)
     assert Dskd(teacher=TEACHER, pre_processor=own).pre_processor is own
 
@@ -462,6 +512,6 @@ def test_pre_processing_is_the_teachers_and_of_the_given_size():
 
 
 def test_a_pre_processor_of_ones_own_is_taken():
-    own = PreProcessor()
+    own = PreProcessor(Normalize(mean=[0.5] * 3, std=[0.5] * 3))
     assert Dskd(teacher=TEACHER, pre_processor=own).pre_processor is own
     assert Dskd(teacher=TEACHER, pre_processor=False).pre_processor is None

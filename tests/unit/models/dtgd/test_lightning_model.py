@@ -1,6 +1,7 @@
 import pytest
 import torch
 from anomalib.data import ImageBatch
+from lightning import Trainer
 
 from anomalib_dskd import Dtgd
 from anomalib_dskd.components.feature_cache import FeatureCache
@@ -31,7 +32,6 @@ def watch(model: Dtgd) -> list[torch.Tensor]:
 
 def test_losses_are_those_of_the_damaged_image_against_the_clean_ones_features(model, batch):
     losses = model.compute_losses(batch)
-    model.eval().train()
     damaged, masks = model.pseudo_defects(batch.image, batch.image_path, epoch=0)
     anomaly_teacher = model.model.teacher(damaged)
     students = model.model.denoise(damaged, anomaly_teacher)
@@ -40,6 +40,18 @@ def test_losses_are_those_of_the_damaged_image_against_the_clean_ones_features(m
     for name, loss in losses.items():
         assert loss.item() == pytest.approx(expected[name].item(), abs=1e-6)
         assert loss > 0
+
+
+def test_each_epoch_has_other_damage(model, batch):
+    model.trainer = Trainer(max_epochs=9, accelerator="cpu", logger=False, enable_checkpointing=False)
+    seen = watch(model)
+    for epoch in (0, 3, 3):
+        model.trainer.fit_loop.epoch_progress.current.completed = epoch
+        model.compute_losses(batch)
+    damaged = [images for images in seen if not torch.equal(images, batch.image)]
+    expected = [model.pseudo_defects(batch.image, batch.image_path, epoch=epoch)[0] for epoch in (0, 3, 3)]
+    assert [torch.equal(mine, theirs) for mine, theirs in zip(damaged, expected, strict=True)] == [True] * 3
+    assert not torch.equal(damaged[0], damaged[1])
 
 
 def test_cache_holds_clean_images_alone(model, batch):

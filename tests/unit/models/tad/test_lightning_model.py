@@ -134,6 +134,13 @@ def test_an_interrupted_training_goes_on_in_the_right_phase(last, magnetic_tile_
     assert second.model.is_trained
 
 
+def test_phases_are_not_moved_by_another_end(magnetic_tile_root, teacher_weights, tmp_path):
+    fit(build(teacher_weights), magnetic_tile_root, tmp_path, max_epochs=2)
+    checkpoint = next(tmp_path.rglob("model.ckpt"))
+    with pytest.raises(ArgumentError, match="planned with other arguments: max_epochs: 2 there, 9 here"):
+        fit(build(teacher_weights), magnetic_tile_root, tmp_path / "on", checkpoint=checkpoint, max_epochs=9)
+
+
 def test_a_checkpoint_of_the_assistants_phase_gives_no_results(magnetic_tile_root, teacher_weights, tmp_path):
     fit(build(teacher_weights), magnetic_tile_root, tmp_path, max_epochs=4, callbacks=[Record(last=0)])
     model = Tad.load_from_checkpoint(next(tmp_path.rglob("model.ckpt")), evaluator=False)
