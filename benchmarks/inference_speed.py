@@ -41,7 +41,8 @@ from anomalib.models.components import AnomalibModule  # noqa: E402
 
 from anomalib_dskd import Dskd, MagneticTile  # noqa: E402
 from anomalib_dskd.benchmark.hub_cache import write_hub_cache  # noqa: E402
-from anomalib_dskd.benchmark.speed import images_per_second, measure_cost  # noqa: E402
+from anomalib_dskd.benchmark.speed import measure_cost  # noqa: E402
+from anomalib_dskd.benchmark.timing import images_per_second  # noqa: E402
 from anomalib_dskd.quantization import map_operations  # noqa: E402
 
 OFF = {"visualizer": False, "evaluator": False}

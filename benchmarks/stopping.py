@@ -74,7 +74,7 @@ class Curve(Callback):
     def __init__(self) -> None:
         self.looks: dict[int, dict[str, float]] = {}
 
-    def on_validation_epoch_end(self, trainer: Trainer, pl_module: LightningModule) -> None:  # noqa: ARG002
+    def on_validation_end(self, trainer: Trainer, pl_module: LightningModule) -> None:  # noqa: ARG002
         figures = {name: float(value) for name, value in trainer.callback_metrics.items() if name in FIGURES}
         self.looks[trainer.current_epoch] = figures
 

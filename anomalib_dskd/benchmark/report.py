@@ -204,6 +204,11 @@ def _check(record: Record, run_folder: Path) -> None:
     ]
     if not re.fullmatch(JOB_ID, str(record["job"])):
         problems.append(f"job {record['job']!r} is not the twelve hexadecimal digits that a benchmark gives")
+    problems += [
+        f"weights {weights!r} lacks its name or file"
+        for weights in record.get("weights") or []
+        if isinstance(weights, dict) and not {"name", "file"} <= weights.keys()
+    ]
     for name in ("weights", "classes"):
         items = record.get(name) or {}
         parts = items.values() if isinstance(items, dict) else items

@@ -86,7 +86,7 @@ class RunFolder:
         Raises:
             ArgumentError: it meant others before; a file of weights has changed, or the program that reads it.
         """
-        plan = [{"job": job.id, **json.loads(json.dumps(asdict(job)))} for job in jobs]
+        plan = [{"job": job.id, **json.loads(json.dumps(asdict(job), default=str))} for job in jobs]
         before = read_plan(self.path)
         if before is None:
             part = (self.path / PLAN).with_suffix(".part")
@@ -215,7 +215,8 @@ def read_results(path: Path) -> list[dict[str, Any]]:
         try:
             record = json.loads(line)
             if record["status"] not in STATUS:
-                raise ValueError(f"status {record['status']!r} is neither of {', '.join(STATUS)}")
+                msg = f"status {record['status']!r} is neither of {', '.join(STATUS)}"
+                raise ValueError(msg)
             latest[record["job"]] = record
         except (ValueError, TypeError, KeyError) as error:
             msg = f"line {number} of {str(results)!r} is no result of a benchmark: {error}. Remove that line."

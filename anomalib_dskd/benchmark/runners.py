@@ -118,9 +118,10 @@ class RayRunner:
             try:
                 ray.init(address=self.address, log_to_driver=False, include_dashboard=False)
             except (OSError, ValueError) as error:
+                where = "started here" if self.address is None else f"reached at {self.address!r}"
                 msg = (
-                    f"there is no Ray cluster at {self.address!r}: {error}. Start one with `ray start --head`, give "
-                    "its --ray_address, or none to start one here."
+                    f"a Ray cluster cannot be {where}: {error}. Start one with `ray start --head` and give its "
+                    "--ray_address, or use --runner local."
                 )
                 raise ArgumentError(msg) from error
         try:

@@ -2,6 +2,7 @@
 
 from collections.abc import Sequence
 from contextlib import nullcontext
+from typing import Any
 
 import torch
 from anomalib.models.components import GaussianBlur2d
@@ -54,6 +55,7 @@ class AnomalyMapGenerator(nn.Module):
         self.l2_weight = l2_weight
         self.kernel_size = compute_kernel_size(sigma) if sigma > 0 else 1
         self.blur = _separable_blur(sigma, self.kernel_size) if sigma > 0 else nn.Identity()
+        self.register_load_state_dict_pre_hook(_leave_kernels_out)  # type: ignore[no-untyped-call]
 
     @property
     def margin(self) -> int:
@@ -83,3 +85,9 @@ def _separable_blur(sigma: float, size: int) -> nn.Sequential:
         del blur.kernel
         blur.register_buffer("kernel", kernel, persistent=False)  # it follows from sigma, and is nothing learnt
     return nn.Sequential(*blurs)
+
+
+def _leave_kernels_out(_: nn.Module, state: dict[str, Any], prefix: str, *__: Any) -> None:  # noqa: ANN401 - torch's
+    """Forget the blur's kernels, which older checkpoints hold."""
+    for name in [name for name in state if name.startswith(f"{prefix}blur.")]:
+        del state[name]

@@ -1,14 +1,13 @@
 """Deep feature embedding: the bottleneck between the two students (section 3.2, Fig. 4)."""
 
 import itertools
-import math
 from collections.abc import Sequence
 
 import torch
 from torch import Tensor, nn
 
 from anomalib_dskd.components.backbone import FeatureLevel
-from anomalib_dskd.components.residual import ResidualBlock, conv_block, match_size
+from anomalib_dskd.components.residual import ResidualBlock, conv_block, halvings, match_size
 from anomalib_dskd.errors import ArgumentError
 
 __all__ = ["DeepFeatureEmbedding", "DirectEmbedding", "embedding_channels", "reduction"]
@@ -73,8 +72,7 @@ def reduction(levels: Sequence[FeatureLevel]) -> nn.Sequential:
     """Return convolutions from the first of ``levels`` to the size and width of the last; none if there is but one."""
     stages: list[nn.Module] = []
     for level, deeper in itertools.pairwise(levels):
-        halvings = round(math.log2(deeper.stride / level.stride))
-        strides = [2] * halvings or [1]
+        strides = halvings(deeper.stride / level.stride)
         channels = [level.channels, *[deeper.channels] * len(strides)]
         stages += [
             conv_block(before, after, stride=stride)

@@ -1,14 +1,14 @@
 """Pseudo-defects on good images: anomalib's Perlin noise, the same for an image and an epoch wherever it is drawn."""
 
 import hashlib
-from collections.abc import Iterator, Sequence
-from contextlib import contextmanager
+from collections.abc import Sequence
 from pathlib import Path
 
 import torch
 from anomalib.data.utils.generators.perlin import PerlinAnomalyGenerator
 from torch import Tensor
 
+from anomalib_dskd.components.randomness import seeded
 from anomalib_dskd.errors import ArgumentError
 
 __all__ = ["PseudoDefects"]
@@ -42,7 +42,7 @@ class PseudoDefects:
         self.mean = torch.tensor(mean).view(-1, 1, 1)
         self.std = torch.tensor(std).view(-1, 1, 1)
         self.seed = torch.initial_seed() if seed is None else seed
-        with _seeded(self.seed):  # its constructor draws a threshold
+        with seeded(self.seed):  # its constructor draws a threshold
             self.generator = PerlinAnomalyGenerator(probability=probability)
 
     def __call__(self, images: Tensor, paths: Sequence[str | Path] | None, *, epoch: int) -> tuple[Tensor, Tensor]:
@@ -70,7 +70,7 @@ class PseudoDefects:
     @torch.no_grad()
     def _damage(self, image: Tensor, name: str | None, epoch: int) -> tuple[Tensor, Tensor]:
         # mixed precision would turn the noise in bfloat16
-        with _seeded(self._number(image, name, epoch)), torch.autocast("cpu", enabled=False):
+        with seeded(self._number(image, name, epoch)), torch.autocast("cpu", enabled=False):
             damaged, mask = self.generator(image)
         return damaged.clamp(0, 1), mask
 
@@ -79,11 +79,3 @@ class PseudoDefects:
         key = image.numpy().tobytes() if name is None else name.encode()
         digest = hashlib.blake2b(f"{self.seed} {epoch} ".encode() + key, digest_size=8).digest()
         return int.from_bytes(digest, "big") >> 1
-
-
-@contextmanager
-def _seeded(seed: int) -> Iterator[None]:
-    """Let the CPU's generator, and no other, start from a seed within the context."""
-    with torch.random.fork_rng(devices=[]):
-        torch.default_generator.manual_seed(seed)
-        yield

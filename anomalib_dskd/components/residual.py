@@ -1,12 +1,14 @@
 """ResNet18's basic block in the three forms that the embedding and the decoder student need."""
 
+import math
+
 from torch import Tensor, nn
 from torch.nn import functional as F  # noqa: N812
 from typing_extensions import Self
 
 from anomalib_dskd.components.convolution import WideConv2d
 
-__all__ = ["ResidualBlock", "conv_block", "match_size"]
+__all__ = ["ResidualBlock", "conv_block", "halvings", "match_size"]
 
 
 def match_size(features: Tensor, height: int, width: int) -> Tensor:
@@ -18,6 +20,15 @@ def match_size(features: Tensor, height: int, width: int) -> Tensor:
     if missing_rows > 0 or missing_columns > 0:
         features = F.pad(features, (0, max(missing_columns, 0), 0, max(missing_rows, 0)), mode="replicate")
     return features[..., :height, :width]
+
+
+def halvings(stride: float) -> list[int]:
+    """Return the strides of the convolutions that a stride takes, one at least.
+
+    >>> halvings(4), halvings(1)
+    ([2, 2], [1])
+    """
+    return [2] * round(math.log2(stride)) or [1]
 
 
 def conv_block(in_channels: int, out_channels: int, *, stride: int = 1) -> nn.Sequential:

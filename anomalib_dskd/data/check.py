@@ -14,6 +14,7 @@ from anomalib import TaskType
 from anomalib.data import AnomalibDataModule, Folder
 from numpy.typing import NDArray
 from PIL import ExifTags, Image
+from torchvision.datasets.folder import IMG_EXTENSIONS
 
 from anomalib_dskd.data.image_files import READABLE_ERRORS, is_deep, open_image
 from anomalib_dskd.errors import UnsafeImageError
@@ -119,15 +120,18 @@ def _missing_masks(data: AnomalibDataModule) -> list[Finding]:
     """Name the images without a mask, for want of which anomalib's ``Folder`` cannot be set up."""
     if not (isinstance(data, Folder) and data.abnormal_dir and data.mask_dir):
         return []
-    has_mask = {path.stem for path in _files_below(data.root, data.mask_dir)}
-    lacking = [str(path) for path in _files_below(data.root, data.abnormal_dir) if path.stem not in has_mask]
+    masks = [path.stem for path in _images_below(data, data.mask_dir)]
+    images = _images_below(data, data.abnormal_dir)
+    lacking = [str(path) for path in images if not any(path.stem in mask for mask in masks)]  # as anomalib pairs them
     text = "is defective, and no mask has its name: add one, or leave out mask_dir"
-    return [Finding("error", "no-mask", text, lacking)] if lacking else []
+    return [Finding("error", "no-mask", text, lacking)] if masks and lacking else []
 
 
-def _files_below(root: str | Path | None, folders: str | Path | Sequence[str | Path]) -> list[Path]:
+def _images_below(data: Folder, folders: str | Path | Sequence[str | Path]) -> list[Path]:
     names = [folders] if isinstance(folders, str | Path) else folders
-    return sorted(path for name in names for path in (Path(root or "") / name).rglob("*") if path.is_file())
+    suffixes = {suffix.lower() for suffix in data.extensions or IMG_EXTENSIONS}
+    paths = [path for name in names for path in (Path(data.root or "") / name).rglob("*")]
+    return sorted(path for path in paths if path.suffix.lower() in suffixes)
 
 
 def check_splits(data: AnomalibDataModule) -> list[Finding]:

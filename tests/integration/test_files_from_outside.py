@@ -233,7 +233,7 @@ def test_forged_predictions_are_refused(changes, message, run_folder):
 def test_predictions_that_would_fill_the_memory_are_not_unpacked(run_folder, monkeypatch):
     monkeypatch.setattr("anomalib_dskd.benchmark.gallery.MOST_BYTES", 10_000)
     write_predictions(run_folder, ["a.png", "b.png"], masks=np.zeros((2, 200, 200), dtype=np.uint8))
-    with pytest.raises(DataError, match="predictions.npz' cannot be read: it unpacks to 0 GiB"):
+    with pytest.raises(DataError, match="predictions.npz' cannot be read: it unpacks to 0.0 GiB, and 0 are the most"):
         write_report(run_folder)
 
 

@@ -16,13 +16,15 @@ from anomalib.engine import Engine
 from lightning import Callback
 from torch.utils.data import DataLoader, DistributedSampler, Sampler
 
-from anomalib_dskd import Dskd, MagneticTile
+from anomalib_dskd import Afkd, Dskd, Dtgd, MagneticTile, Tad
 from anomalib_dskd.errors import DivergedError
 from anomalib_dskd.models.dskd.loss import DskdLoss
 from tests.commands import QUIET, checkpoints, run, start, start_server, wait_until
 from tests.conftest import TEACHER, differing
 
 EPOCHS = 4
+SIBLINGS = {Afkd: {}, Dtgd: {}, Tad: {"assistant": "test_efficientnet"}}
+every_sibling = pytest.mark.parametrize("kind", SIBLINGS, ids=lambda kind: kind.__name__)
 SMALL = {"teacher": TEACHER, "layers": [1, 2], "image_size": 64, "sigma": 2.0, "seed": 0}
 
 
@@ -45,6 +47,12 @@ def through(fit: list[str], tmp_path_factory) -> tuple[dict, float, int]:
     run(*fit, folder=folder)
     seconds = time.monotonic() - begin
     return loaded(folder), seconds, checkpoints(folder)[-1].stat().st_size
+
+
+def of_kind(kind: type, fit: list[str]) -> list[str]:
+    """The command for another model."""
+    own = [part for name, value in SIBLINGS[kind].items() for part in (f"--model.{name}", value)]
+    return [f"anomalib_dskd.{kind.__name__}" if part == "anomalib_dskd.Dskd" else part for part in fit] + own
 
 
 def loaded(folder: Path) -> dict:
@@ -90,6 +98,23 @@ def test_a_training_that_is_killed_goes_on_to_the_same_weights(fit, through, tmp
     assert process.exitcode < 0
     assert loaded(tmp_path)["epoch"] < EPOCHS - 1
     assert_same(go_on(fit, tmp_path), through[0])
+
+
+@pytest.mark.slow
+@every_sibling
+def test_a_sibling_that_is_killed_goes_on_to_the_same_weights(kind, fit, tmp_path):
+    start_server()
+    command = of_kind(kind, fit)
+    run(*command, folder=tmp_path / "through")
+    expected = torch.load(checkpoints(tmp_path / "through")[-1], weights_only=False)
+    process = start(*command, folder=tmp_path / "killed", prepare=slow_disk)
+    assert wait_until(lambda: len(checkpoints(tmp_path / "killed")) > 0, process)
+    process.kill()
+    process.join()
+    found = checkpoints(tmp_path / "killed")[-1]
+    assert torch.load(found, weights_only=False)["epoch"] < EPOCHS - 1
+    run(*command, "--ckpt_path", str(found), folder=tmp_path / "killed")
+    assert_same(torch.load(checkpoints(tmp_path / "killed")[-1], weights_only=False), expected)
 
 
 def test_a_kill_while_saving_leaves_the_checkpoint_before(fit, through, tmp_path):
@@ -219,10 +244,10 @@ class KeepLosses(Callback):
         self.losses.append(float(trainer.callback_metrics["train_loss"]))
 
 
-def in_one_process(folder: Path, root: Path, weights: Path) -> tuple[list[float], dict]:
+def in_one_process(folder: Path, root: Path, weights: Path, kind: type = Dskd) -> tuple[list[float], dict]:
     """Two batches of two images a step: each batch norm sees the images that it sees in one of two processes."""
     record = KeepLosses()
-    model = Dskd(**SMALL, teacher_weights=weights)
+    model = kind(**SMALL, **SIBLINGS.get(kind, {}), teacher_weights=weights)
     settings = {"accelerator": "cpu", "devices": 1, "logger": False, "enable_progress_bar": False}
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")
@@ -252,6 +277,15 @@ def test_two_processes_learn_what_one_learns(fit, magnetic_tile_root, teacher_we
     printed = run(*fit, *TWO, "--trainer.strategy", "ddp_fork", folder=tmp_path / "two")
     assert "Grad strides do not match" not in printed
     expected = in_one_process(tmp_path / "one", magnetic_tile_root, teacher_weights)
+    assert_learnt_the_same(tmp_path / "two", *expected)
+
+
+@pytest.mark.slow
+@every_sibling
+def test_two_processes_of_a_sibling_learn_what_one_learns(kind, fit, magnetic_tile_root, teacher_weights, tmp_path):
+    printed = run(*of_kind(kind, fit), *TWO, "--trainer.strategy", "ddp_fork", folder=tmp_path / "two")
+    assert "Grad strides do not match" not in printed
+    expected = in_one_process(tmp_path / "one", magnetic_tile_root, teacher_weights, kind)
     assert_learnt_the_same(tmp_path / "two", *expected)
 
 

@@ -6,17 +6,17 @@ read "asymptotic"; the authors of AFKD may mean another one.
 
 import functools
 from collections.abc import Sequence
-from typing import Literal, cast, get_args
+from typing import Literal, cast
 
 import torch
 from torch import Tensor, nn
 from torch.nn import functional as F  # noqa: N812
 
+from anomalib_dskd.arguments import check_choice
 from anomalib_dskd.components.backbone import FeatureLevel
 from anomalib_dskd.components.convolution import WideConv2d
 from anomalib_dskd.components.embedding import reduction
 from anomalib_dskd.components.residual import conv_block, match_size
-from anomalib_dskd.errors import ArgumentError
 
 __all__ = ["AsymptoticFusion", "FusedLevel", "FusionWeights", "mix"]
 
@@ -113,9 +113,7 @@ class AsymptoticFusion(nn.Module):
 
     def __init__(self, levels: Sequence[FeatureLevel], weights: FusionWeights = "learned") -> None:
         super().__init__()
-        if weights not in get_args(FusionWeights):
-            msg = f"fusion {weights!r} must be {' or '.join(map(repr, get_args(FusionWeights)))}."
-            raise ArgumentError(msg)
+        check_choice(FusionWeights, fusion=weights)
         self.meetings = nn.ModuleList(
             nn.ModuleList(FusedLevel(levels[:count], target, weights=weights) for target in range(count))
             for count in range(2, len(levels) + 1)

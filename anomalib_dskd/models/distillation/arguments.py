@@ -4,7 +4,7 @@ import math
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, fields
 from pathlib import Path
-from typing import Any, Literal, get_args
+from typing import Any, Literal
 
 from anomalib.pre_processing import PreProcessor
 from lightning import Trainer
@@ -12,6 +12,7 @@ from lightning.pytorch.plugins import MixedPrecision
 from torch import nn
 from typing_extensions import Self
 
+from anomalib_dskd.arguments import check_choice, check_not_negative
 from anomalib_dskd.components.backbone import full_name
 from anomalib_dskd.errors import ArgumentError
 from anomalib_dskd.pre_processing import check_normalisation, create_pre_processor
@@ -23,7 +24,7 @@ __all__ = [
     "Schedule",
     "TrainingOptions",
     "check_last_step",
-    "check_not_negative",
+    "check_planned_steps",
     "check_trainer",
     "may_be_fused",
     "meaning",
@@ -83,20 +84,10 @@ class TrainingOptions:
         if self.seed is not None and not (isinstance(self.seed, int) and 0 <= self.seed <= LARGEST_SEED):
             msg = f"seed {self.seed!r} must be a whole number from 0 to {LARGEST_SEED}, or none to draw anew each time."
             raise ArgumentError(msg)
-        if self.schedule not in get_args(Schedule):
-            msg = f"schedule {self.schedule!r} must be {' or '.join(map(repr, get_args(Schedule)))}."
-            raise ArgumentError(msg)
+        check_choice(Schedule, schedule=self.schedule)
 
 
 TRAINING_ONLY = frozenset(option.name for option in fields(TrainingOptions))
-
-
-def check_not_negative(**values: float) -> None:
-    """Raise unless all numbers are finite, and none is below 0."""
-    for name, value in values.items():
-        if not (math.isfinite(value) and value >= 0):
-            msg = f"{name} {value!r} must be a finite number, 0 or larger."
-            raise ArgumentError(msg)
 
 
 def number_of_steps(trainer: Trainer) -> int:
@@ -140,13 +131,30 @@ def check_trainer(trainer: Trainer) -> None:
 
 
 def check_last_step(trainer: Trainer) -> None:
-    """Raise if training ends between two validations, now that the number of batches is known."""
-    batches = math.ceil(trainer.num_training_batches / trainer.accumulate_grad_batches)
-    steps = batches * (trainer.check_val_every_n_epoch or 1)
-    if trainer.enable_validation and trainer.max_steps > 0 and trainer.max_steps % steps:
+    """Raise if training ends between two validations by ``max_steps``, now that the number of batches is known."""
+    steps, batches = trainer.max_steps, trainer.num_training_batches
+    if steps <= 0 or not trainer.enable_validation or math.isinf(batches) or trainer.check_val_every_n_epoch is None:
+        return
+    an_epoch = math.ceil(batches / trainer.accumulate_grad_batches)
+    if trainer.val_check_batch != batches or 0 < (trainer.max_epochs or -1) * an_epoch <= steps:
+        return  # validated within epochs, or ended by them
+    interval = an_epoch * trainer.check_val_every_n_epoch
+    if steps % interval:
         msg = (
-            f"max_steps {trainer.max_steps} is no multiple of the {steps} steps from one validation to the next: the "
-            "last steps would have neither thresholds nor a checkpoint. Give a multiple, or --trainer.max_epochs."
+            f"max_steps {steps} is no multiple of the {interval} steps from one validation to the next: the last steps "
+            "would have neither thresholds nor a checkpoint. Give a multiple, or --trainer.max_epochs."
+        )
+        raise ArgumentError(msg)
+
+
+def check_planned_steps(trainer: Trainer) -> None:
+    """Raise if a resumed schedule was made for another number of steps: it would end early, or in an error."""
+    (config,) = trainer.lr_scheduler_configs
+    planned, steps = getattr(config.scheduler, "total_steps", None), number_of_steps(trainer)
+    if planned != steps:
+        msg = (
+            f"the checkpoint's schedule was planned for {planned} steps, and this training has {steps}. Give the same "
+            "batch size, accumulate_grad_batches, devices and max_epochs, or start anew."
         )
         raise ArgumentError(msg)
 

@@ -1,6 +1,5 @@
 """What the detectors have in common as anomalib models: training, evaluation and export."""
 
-import logging
 import math
 from abc import abstractmethod
 from collections.abc import Callable, Iterator, Sized
@@ -35,6 +34,7 @@ from anomalib_dskd.models.distillation.arguments import (
     TRAINING_ONLY,
     TrainingOptions,
     check_last_step,
+    check_planned_steps,
     check_trainer,
     may_be_fused,
     meaning,
@@ -50,9 +50,7 @@ from anomalib_dskd.pre_processing import create_pre_processor
 from anomalib_dskd.quantization import calibration_images, quantize_file
 from anomalib_dskd.weights import find_teacher_weights
 
-__all__ = ["DistillationMixin", "seeded"]
-
-logger = logging.getLogger(__name__)
+__all__ = ["DistillationMixin"]
 
 SPLITS = {
     TrainerFn.FITTING: ("train", "val"),
@@ -68,15 +66,6 @@ if TYPE_CHECKING:  # anomalib finds models among the direct subclasses of Anomal
     Base = AnomalibModule
 else:
     Base = object
-
-
-@contextmanager
-def seeded(seed: int | None) -> Iterator[None]:
-    """Draw random numbers from a seed within the context, and go on outside as if none had been drawn."""
-    with torch.random.fork_rng(devices=[], enabled=seed is not None):
-        if seed is not None:
-            torch.manual_seed(seed)
-        yield
 
 
 class DistillationMixin(Base):
@@ -136,6 +125,8 @@ class DistillationMixin(Base):
     def on_train_start(self) -> None:
         """Order the first batches, and make room for the teacher's features of the training images."""
         check_last_step(self.trainer)
+        if self.options.schedule != "constant":
+            check_planned_steps(self.trainer)
         loader = _training_loader(self.trainer)
         self.model.teacher_cache = None  # of a training that was broken off
         if self.options.seed is not None:
@@ -402,11 +393,8 @@ class DistillationMixin(Base):
     def on_load_checkpoint(self, checkpoint: dict[str, Any]) -> None:
         """Refuse a checkpoint that was trained with other arguments than this model was built with.
 
-        ``load_from_checkpoint`` may change what the map alone depends on; the checkpoint's thresholds are not those of
-        the new map, and are left out.
-
         Raises:
-            ArgumentError: arguments that the weights depend on differ, or a training cannot go on as it was planned.
+            ArgumentError: arguments that results depend on differ, or a training cannot go on as it was planned.
         """
         super().on_load_checkpoint(checkpoint)
         # figures may be measured with other metrics than in training; anomalib's AUPRO leaves a buffer in the state
@@ -432,6 +420,9 @@ class DistillationMixin(Base):
         if self.options.schedule != "constant":
             planned["learning_rate"] = trained.get("learning_rate", self.options.learning_rate)
             given["learning_rate"] = self.options.learning_rate
+        if planned.get("max_epochs") == -1:
+            msg = "the checkpoint's training was planned by max_steps alone, and cannot be resumed: start anew."
+            raise ArgumentError(msg)
         changed = [name for name in planned if planned[name] != given[name]]
         if changed:
             listed = "; ".join(f"{name}: {planned[name]!r} there, {given[name]!r} here" for name in changed)
@@ -447,20 +438,11 @@ class DistillationMixin(Base):
         built = dict(self.hparams)
         names = [name for name in trained if name in built and name not in self.training_only]
         changed = [name for name in names if meaning(name, trained) != meaning(name, built)]
-        if changed and self._trainer is None and self.map_only.issuperset(changed):
-            logger.warning(
-                "the checkpoint's thresholds are those of another map (%s): scores are not normalised until the model "
-                "is validated.",
-                ", ".join(changed),
-            )
-            state = checkpoint["state_dict"]
-            of_map = [name for name in state if name.startswith("post_processor.") and isinstance(state[name], Tensor)]
-            state.update({name: torch.full_like(state[name], torch.nan) for name in of_map})
-        elif changed:
+        if changed:
             listed = "; ".join(f"{name}: {trained[name]!r} there, {built[name]!r} here" for name in changed)
             msg = (
                 f"the checkpoint was trained with other arguments: {listed}. Give the same arguments or --config, "
-                f"or use {self.name}.load_from_checkpoint(path), which takes them from the checkpoint."
+                f"or use {self.name}.load_from_checkpoint(path) without any, which takes them from the checkpoint."
             )
             raise ArgumentError(msg)
 

@@ -1,11 +1,12 @@
 """The networks of DSKD and how their features meet (section 3, Fig. 3)."""
 
 from collections.abc import Sequence
-from typing import Literal, get_args
+from typing import Literal
 
 from torch import Tensor, nn
 from torch.nn import functional as F  # noqa: N812
 
+from anomalib_dskd.arguments import check_choice
 from anomalib_dskd.components.backbone import Backbone
 from anomalib_dskd.components.decoder import DecoderStudent
 from anomalib_dskd.components.embedding import DeepFeatureEmbedding, DirectEmbedding
@@ -67,9 +68,7 @@ class DskdModel(DistillationModel):
         sigma: float = 4.0,
     ) -> None:
         _check_combination(map_pair, losses, embedding_gradient=embedding_gradient)
-        if embedding_input not in get_args(Embedding):
-            msg = f"embedding_input {embedding_input!r} must be {' or '.join(map(repr, get_args(Embedding)))}."
-            raise ArgumentError(msg)
+        check_choice(Embedding, embedding_input=embedding_input)
         super().__init__(teacher, layers, l2_weight=l2_weight, sigma=sigma)
         self.map_pair = map_pair
         self.losses = losses

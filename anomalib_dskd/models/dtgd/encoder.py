@@ -7,7 +7,7 @@ import torch
 from torch import Tensor, nn
 
 from anomalib_dskd.components.backbone import FeatureLevel
-from anomalib_dskd.components.residual import ResidualBlock, conv_block, match_size
+from anomalib_dskd.components.residual import ResidualBlock, conv_block, halvings, match_size
 
 __all__ = ["DenoisingEncoder", "NoiseRemoval"]
 
@@ -74,21 +74,16 @@ class DenoisingEncoder(nn.Module):
         return features
 
 
-def _halvings(stride: float) -> list[int]:
-    """Return the strides of the convolutions that a stride takes; at least one."""
-    return [2] * round(math.log2(stride)) or [1]
-
-
 def _stem(level: FeatureLevel) -> nn.Sequential:
     """Return 3x3 convolutions from the image to a level, whose channels double towards those of the level."""
-    strides = _halvings(level.stride)
+    strides = halvings(level.stride)
     widths = [3, *(math.ceil(level.channels / 2**left) for left in reversed(range(len(strides))))]
     return nn.Sequential(*(conv_block(widths[i], widths[i + 1], stride=stride) for i, stride in enumerate(strides)))
 
 
 def _stage(previous: FeatureLevel, level: FeatureLevel) -> nn.Sequential:
     """Return two residual blocks from a level to the next, behind a convolution for each further halving."""
-    *further, last = _halvings(level.stride / previous.stride)
+    *further, last = halvings(level.stride / previous.stride)
     return nn.Sequential(
         *(conv_block(previous.channels, previous.channels, stride=stride) for stride in further),
         ResidualBlock.down(previous.channels, level.channels, stride=last),

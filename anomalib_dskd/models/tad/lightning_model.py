@@ -2,7 +2,7 @@
 
 from collections.abc import Iterator, Sequence
 from pathlib import Path
-from typing import Any, ClassVar, Literal, get_args
+from typing import Any, ClassVar, Literal
 
 import torch
 from anomalib.data import ImageBatch
@@ -14,18 +14,19 @@ from anomalib.visualization import Visualizer
 from torch import Tensor, nn
 from torch.optim import Optimizer
 
+from anomalib_dskd.arguments import check_choice, check_not_negative
 from anomalib_dskd.components.backbone import check_teacher
 from anomalib_dskd.components.discrepancy import distillation_loss
 from anomalib_dskd.components.pseudo_defects import PseudoDefects
+from anomalib_dskd.components.randomness import seeded
 from anomalib_dskd.errors import ArgumentError
 from anomalib_dskd.models.distillation.arguments import (
     DEFAULT_TEACHER,
     Schedule,
     TrainingOptions,
-    check_not_negative,
     resolve_pre_processor,
 )
-from anomalib_dskd.models.distillation.lightning_model import DistillationMixin, seeded
+from anomalib_dskd.models.distillation.lightning_model import DistillationMixin
 from anomalib_dskd.models.tad.assistant import Assistant, GuidanceAttention
 from anomalib_dskd.models.tad.loss import entropy_loss, guidance_losses
 from anomalib_dskd.models.tad.torch_model import TadModel
@@ -309,6 +310,4 @@ def _check_guides(teacher: str, assistant: str | None, share: float, guidance: s
     if not 0 < share < 1:
         msg = f"assistant_share {share!r} must be a share of the epochs larger than 0 and smaller than 1."
         raise ArgumentError(msg)
-    if guidance not in get_args(Guidance):
-        msg = f"guidance {guidance!r} must be {' or '.join(map(repr, get_args(Guidance)))}."
-        raise ArgumentError(msg)
+    check_choice(Guidance, guidance=guidance)

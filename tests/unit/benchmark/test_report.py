@@ -775,6 +775,7 @@ def test_a_corrupt_line_is_named_with_its_number(tmp_path):
         ({"speed": [1.0]}, r"speed.pytorch_ms \[1.0\] is not a number or null"),
         ({"speed": 5}, "speed.pytorch_ms 5 is not a number or null"),
         ({"weights": ["resnet18"]}, r"weights \['resnet18'\] holds something else than mappings"),
+        ({"weights": [{"file": "a.pth"}]}, r"weights {'file': 'a.pth'} lacks its name or file"),
         ({"classes": {"Crack": 1}}, "classes {'Crack': 1} holds something else than mappings"),
     ],
 )

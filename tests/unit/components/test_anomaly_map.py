@@ -64,3 +64,7 @@ def test_the_blur_is_nothing_learnt():
     generator = AnomalyMapGenerator(sigma=2.0)
     assert not generator.state_dict()
     assert len(list(generator.buffers())) == 2
+    generator.load_state_dict(
+        {"blur.0.kernel": torch.zeros(1), "blur.1.kernel": torch.zeros(1)}
+    )  # of older checkpoints
+    assert generator.blur[0].kernel.sum() == pytest.approx(1)

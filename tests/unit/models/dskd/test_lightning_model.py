@@ -283,25 +283,10 @@ def test_checkpoint_loads_with_any_evaluator(trained, evaluator):
     assert model.model.is_trained
 
 
-def test_another_map_of_a_checkpoint_has_no_thresholds_yet(trained, magnetic_tile_root, tmp_path, caplog):
-    _, checkpoint = trained
-    same = Dskd.load_from_checkpoint(checkpoint)
-    assert not same.post_processor.image_threshold.isnan()
-    assert "another map" not in caplog.text
-    other = Dskd.load_from_checkpoint(checkpoint, map_layers=[2], sigma=1.0, visualizer=False)
-    assert "those of another map (map_layers, sigma)" in caplog.text
-    assert other.model.map_levels == (1,)
-    assert other.model.anomaly_map_generator.blur[0].kernel.shape[-2] == 9
-    names = ("image_threshold", "pixel_threshold", "image_min", "image_max", "pixel_min", "pixel_max")
-    assert all(getattr(other.post_processor, name).isnan() for name in names)
-    with warnings.catch_warnings():
-        warnings.simplefilter("ignore")
-        engine(tmp_path).validate(other, datamodule=MagneticTile(magnetic_tile_root), verbose=False)
-    assert not any(getattr(other.post_processor, name).isnan() for name in names)
-
-
-@pytest.mark.parametrize(("name", "value"), [("image_size", 96), ("l2_weight", 0.5), ("losses", "decoder")])
-def test_what_the_weights_depend_on_cannot_be_changed_in_load_from_checkpoint(trained, name, value):
+@pytest.mark.parametrize(
+    ("name", "value"), [("image_size", 96), ("l2_weight", 0.5), ("losses", "decoder"), ("sigma", 1.0)]
+)
+def test_what_thresholds_depend_on_cannot_be_changed_in_load_from_checkpoint(trained, name, value):
     _, checkpoint = trained
     with pytest.raises(ArgumentError, match=f"trained with other arguments: {name}: .* there, {value!r} here"):
         Dskd.load_from_checkpoint(checkpoint, **{name: value})
@@ -334,19 +319,43 @@ def test_training_goes_on_with_the_rate_that_is_given(trained, magnetic_tile_roo
 
 
 @pytest.mark.parametrize(
-    ("arguments", "epochs", "message"),
-    [({}, 4, "max_epochs: 2 there, 4 here"), ({"learning_rate": 0.1}, 2, "learning_rate: 0.01 there, 0.1 here")],
+    ("arguments", "trainer", "message"),
+    [
+        ({}, {"max_epochs": 4}, "planned with other arguments: max_epochs: 2 there, 4 here"),
+        ({"learning_rate": 0.1}, {}, "planned with other arguments: learning_rate: 0.01 there, 0.1 here"),
+        ({}, {"accumulate_grad_batches": 2}, "planned for 4 steps, and this training has 2. Give the same batch size"),
+    ],
 )
-def test_one_cycle_goes_on_as_it_was_planned(arguments, epochs, message, magnetic_tile_root, teacher_weights, tmp_path):
+def test_one_cycle_goes_on_as_it_was_planned(
+    arguments, trainer, message, magnetic_tile_root, teacher_weights, tmp_path
+):
     one_cycle = {"schedule": "one_cycle", "learning_rate": 0.01}
-    trained_anew(tmp_path, magnetic_tile_root, teacher_weights, **one_cycle)
+    trained_anew(tmp_path, magnetic_tile_root, teacher_weights, trainer={"callbacks": [StopAfter(0)]}, **one_cycle)
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")
         model = Dskd(**{"teacher": TEACHER, "image_size": 64, "sigma": 2.0, **one_cycle, **arguments})
         data = MagneticTile(magnetic_tile_root, train_batch_size=4)
         checkpoint = next(tmp_path.rglob("model.ckpt"))
-        with pytest.raises(ArgumentError, match=f"planned with other arguments: {message}"):
-            engine(tmp_path / "on", max_epochs=epochs).fit(model, datamodule=data, ckpt_path=checkpoint)
+        with pytest.raises(ArgumentError, match=message):
+            engine(tmp_path / "on", **{"max_epochs": 2, **trainer}).fit(model, datamodule=data, ckpt_path=checkpoint)
+
+
+class StopAfter(Callback):
+    def __init__(self, epoch: int) -> None:
+        self.epoch = epoch
+
+    def on_train_epoch_end(self, trainer, pl_module):  # noqa: ARG002
+        trainer.should_stop = trainer.current_epoch == self.epoch
+
+
+@pytest.mark.parametrize(
+    "trainer", [{"max_epochs": 1, "max_steps": 1000}, {"max_steps": 4, "check_val_every_n_epoch": 2}, {"max_steps": 2}]
+)
+def test_a_training_that_steps_end_with_a_validation_is_fine(trainer, magnetic_tile_root, teacher_weights, tmp_path):
+    settings = {"max_epochs": -1, **trainer}
+    model = trained_anew(tmp_path, magnetic_tile_root, teacher_weights, trainer=settings)
+    assert not model.post_processor.image_threshold.isnan()
+    assert len(list(tmp_path.rglob("v0/**/*.ckpt"))) == 1
 
 
 def test_students_train_in_training_mode_after_a_prediction(tiny_model, magnetic_tile_root, tmp_path):

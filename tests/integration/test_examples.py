@@ -1,0 +1,72 @@
+import importlib.util
+import shutil
+import subprocess
+import sys
+from pathlib import Path
+from types import ModuleType
+
+import numpy as np
+import openvino
+import pytest
+from PIL import Image
+
+from anomalib_dskd.data.image_files import read_named_image
+from tests.integration.conftest import Exported
+
+SCRIPT = Path(__file__).parents[2] / "examples" / "predict_folder.py"
+
+
+@pytest.fixture(scope="module")
+def script() -> ModuleType:
+    spec = importlib.util.spec_from_file_location("predict_folder", SCRIPT)
+    module = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(module)
+    return module
+
+
+def test_batches_hold_pictures_of_one_size(script, tmp_path):
+    for index, size in enumerate([(8, 9), (8, 9), (8, 9), (7, 9), (8, 9)]):
+        Image.new("RGB", size, (index, 0, 255)).save(tmp_path / f"{index}.png")
+    found = list(script.batches(sorted(tmp_path.iterdir()), 2))
+    assert [[path.stem for path in names] for names, _ in found] == [["0", "1"], ["2"], ["3"], ["4"]]
+    assert [images.shape for _, images in found] == [(2, 3, 9, 8), (1, 3, 9, 8), (1, 3, 9, 7), (1, 3, 9, 8)]
+    np.testing.assert_allclose(found[0][1][1, :, 0, 0], [1 / 255, 0, 1])
+
+
+@pytest.mark.parametrize("batch", [1, 3])
+def test_every_picture_has_its_own_score(batch, script, exported: Exported, factory):
+    pictures = sorted((factory / "new").iterdir())
+    predictions = script.predict(exported.xml, pictures, batch=batch)
+    compiled = openvino.Core().compile_model(exported.xml, "CPU")
+    expected = {path: compiled(read_named_image(path)[None].numpy()) for path in pictures}
+    assert sorted(prediction.path for prediction in predictions) == pictures
+    for path, score, is_defective in predictions:
+        assert score == pytest.approx(expected[path]["pred_score"].item(), abs=1e-2)  # bfloat16 where there is
+        assert is_defective == expected[path]["pred_label"].item()
+
+
+def test_the_command_writes_a_table_and_tells_of_what_it_cannot_read(exported: Exported, factory, tmp_path):
+    shutil.copytree(factory / "new", tmp_path / "new")
+    (tmp_path / "new" / "00.png").write_bytes(b"nonsense")
+    command = [sys.executable, SCRIPT, exported.xml, tmp_path / "new", "--batch", "2"]
+    result = subprocess.run(command, capture_output=True, text=True, check=False)
+    assert result.returncode == 1
+    assert "00.png' cannot be read" in result.stderr
+    lines = result.stdout.splitlines()
+    assert lines[0] == "path,score,is_defective"
+    assert [Path(line.split(",")[0]).name for line in lines[1:]] == [f"{index:02}.png" for index in range(1, 8)]
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        (["absent.xml", "."], "model 'absent.xml' does not exist"),
+        ([__file__, "absent"], "folder 'absent' holds no pictures"),
+        ([__file__, "{new}", "--batch", "0"], "batch 0 must be 1 or larger"),
+    ],
+)
+def test_wrong_arguments_say_what_is_wrong(arguments, message, factory, tmp_path):
+    command = [sys.executable, SCRIPT, *(argument.format(new=factory / "new") for argument in arguments)]
+    result = subprocess.run(command, capture_output=True, text=True, check=False, cwd=tmp_path)
+    assert result.returncode == 2
+    assert message in result.stderr
