@@ -98,7 +98,8 @@ def assert_networks_are_quantised_and_the_map_is_not(int8: openvino.Model) -> No
     of_networks = [operation for operation in convolutions if operation.get_friendly_name() not in in_map]
     assert len(of_networks) > 20
     sources = {operation.input_value(0).get_node().get_type_name() for operation in of_networks}
-    assert sources == {"FakeQuantize", "MaxPool", "Concat"}  # the last two pass on what is quantised before them
+    assert "FakeQuantize" in sources
+    assert sources <= {"FakeQuantize", "MaxPool", "Concat"}  # the last two pass on what is quantised before them
 
 
 @pytest.mark.slow
@@ -119,9 +120,8 @@ def test_siblings_networks_are_quantised_and_good_images_score_alike(kind, argum
     (expected, expected_maps), (scores, maps) = predict(f32, images), predict(int8, images)
     assert len(set(scores.round(6))) == len(images)
     # defects lie outside of what eight good images have calibrated, and how far is the processor's rounding
-    print("FIGURES", kind.__name__, scores, expected, is_good)
     np.testing.assert_allclose(scores[is_good], expected[is_good], rtol=0.1)
-    print(np.corrcoef(maps[is_good].ravel(), expected_maps[is_good].ravel())[0, 1])
+    assert np.corrcoef(maps[is_good].ravel(), expected_maps[is_good].ravel())[0, 1] > 0.95
 
 
 def test_plain_quantisation_still_spoils_the_map(f32, int8, data):

@@ -111,7 +111,8 @@ class DistillationMixin(Base):
         if stage == TrainerFn.FITTING:
             save_atomically(self.trainer)
             # faster on CPUs with bfloat16 units; now, because several processes exchange gradients as the weights lie
-            self.model.to(memory_format=torch.channels_last)
+            for trained in self._trained_modules():
+                trained.to(memory_format=torch.channels_last)
 
     def on_fit_start(self) -> None:
         """Load the teacher's weights, unless a checkpoint has brought them, and seed what is drawn before an epoch."""
@@ -195,10 +196,13 @@ class DistillationMixin(Base):
             self._refresh_batch_norm()
             self._check_weights()
 
+    def _trained_modules(self) -> list[nn.Module]:
+        parts = (getattr(self, name) for name in self.training_parts)
+        return [self.model, *(part for part in parts if isinstance(part, nn.Module))]
+
     def _check_weights(self) -> None:
-        for trained in (self.model, *(getattr(self, name) for name in self.training_parts)):
-            if isinstance(trained, nn.Module):
-                check_weights(trained, epoch=self.current_epoch)
+        for trained in self._trained_modules():
+            check_weights(trained, epoch=self.current_epoch)
 
     def run_students(self, batch: ImageBatch) -> None:
         """Pass a training batch through all that is trained."""

@@ -196,15 +196,14 @@ class Tad(DistillationMixin, AnomalibModule):
     def on_fit_start(self) -> None:
         """Refuse a training in which the student would have no epoch."""
         epochs = self.trainer.max_epochs or 0
-        if self.assistant is not None:
-            if epochs < 1 or is_assistants_epoch(epochs - 1, epochs, self.assistant_share):
-                msg = (
-                    f"max_epochs {self.trainer.max_epochs} with assistant_share {self.assistant_share} has no end, or "
-                    "no epoch for the student: give --trainer.max_epochs, at least 2, a smaller assistant_share, or "
-                    "assistant null."
-                )
-                raise ArgumentError(msg)
-            self.assistant.to(memory_format=torch.channels_last)  # faster on CPUs with bfloat16 units
+        has_no_end = epochs < 1 or is_assistants_epoch(epochs - 1, epochs, self.assistant_share)
+        if self.assistant is not None and has_no_end:
+            msg = (
+                f"max_epochs {self.trainer.max_epochs} with assistant_share {self.assistant_share} has no end, or "
+                "no epoch for the student: give --trainer.max_epochs, at least 2, a smaller assistant_share, or "
+                "assistant null."
+            )
+            raise ArgumentError(msg)
         super().on_fit_start()
 
     def on_train_epoch_start(self) -> None:
