@@ -89,9 +89,7 @@ class RunFolder:
         plan = [{"job": job.id, **json.loads(json.dumps(asdict(job), default=str))} for job in jobs]
         before = read_plan(self.path)
         if before is None:
-            part = (self.path / PLAN).with_suffix(".part")
-            part.write_text(json.dumps(plan, indent=1), encoding="utf-8")
-            part.replace(self.path / PLAN)
+            _write_whole(self.path / PLAN, json.dumps(plan, indent=1))
             return
         if [job["job"] for job in before] != [job["job"] for job in plan]:
             changes = (
@@ -145,9 +143,7 @@ class RunFolder:
     def _keep_config(self) -> None:
         kept = self.path / CONFIG
         if not kept.is_file():
-            part = kept.with_suffix(".part")
-            part.write_text(self.config, encoding="utf-8")
-            part.replace(kept)  # whole or not at all
+            _write_whole(kept, self.config)
             return
         before = kept.read_text(encoding="utf-8")
         if before != self.config:
@@ -174,6 +170,13 @@ class RunFolder:
             f"run folder {str(self.path)!r} cannot be written: {error}. Finished results are kept; make room or "
             "change the permissions, and give the same command again."
         )
+
+
+def _write_whole(path: Path, text: str) -> None:
+    """Write a file whole or not at all."""
+    part = path.with_suffix(".part")
+    part.write_text(text, encoding="utf-8")
+    part.replace(path)
 
 
 def job_path(run_folder: Path, job_id: str) -> Path:
