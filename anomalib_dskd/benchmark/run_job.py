@@ -72,7 +72,7 @@ def run_job(job: Job, folder: Path, report: Report, training: Path | None = None
         "figures": figures(predictions),
         "classes": figures_by_class(predictions),
         "training": trained["training"],
-        "weights": job.weights,
+        "weights": _weights(job, model),
         "machine": machine(),
         "started": started,
     }
@@ -277,6 +277,17 @@ def _reuse(
 def _test(job: Job, model: AnomalibModule, data: AnomalibDataModule, recorder: Callback, folder: Path) -> None:
     _engine(job, folder, [recorder]).test(model, datamodule=data, verbose=False)
     model.cpu()
+
+
+def _weights(job: Job, model: AnomalibModule) -> list[dict[str, str]]:
+    """Return the pretrained weights that a model has: those that the job gives to its backbones, or else its own."""
+    configs = [getattr(module, "pretrained_cfg", None) for module in model.modules()]  # timm's
+    used = {config["architecture"] for config in configs if isinstance(config, dict) and "architecture" in config}
+    given = [weights for weights in job.weights if weights["name"] in used]
+    origin = getattr(getattr(getattr(model, "model", None), "teacher", None), "weights_origin", None)
+    if given or not origin:
+        return given
+    return [{"name": str(model.model.teacher.backbone.name).partition(".")[0], **origin}]
 
 
 def _classes(data: AnomalibDataModule) -> dict[str, str]:
