@@ -12,22 +12,27 @@ from anomalib.data import AnomalibDataModule
 from jsonargparse import ArgumentParser, Namespace
 from rich.console import Console
 from rich.progress import track
-from rich.table import Table
+from rich.table import Column, Table
 from rich.text import Text
 
 from anomalib_dskd.benchmark.config import BenchmarkConfig
 from anomalib_dskd.benchmark.report import write_report
 from anomalib_dskd.benchmark.run_benchmark import run_benchmark
-from anomalib_dskd.data.check import Finding, Severity, check_data
+from anomalib_dskd.data.check import check_data
+from anomalib_dskd.data.finding import Finding, Severity
 from anomalib_dskd.errors import DskdError
 
 __all__ = ["main"]
 
 NOT_IN_RESULTS = ("run_folder", "runner", "ray_address", "cpus", "gpus", "config")
 """What may change between the first run of a benchmark and its continuation."""
-OF_TRAINING = ("model", "trainer", "logging", "default_root_dir", "seed_everything", "ckpt_path")
+OF_TRAINING = (
+    *("model", "trainer", "logging", "default_root_dir", "seed_everything", "ckpt_path"),
+    *("optimizer", "lr_scheduler"),
+)
 """What a configuration of ``anomalib train`` has beside the data."""
 MOST_NAMED = 3  # files named in a row of a table
+MOST_ROWS = 5  # of a kind of finding, such as pictures that resemble one another
 
 FAILED, WRONG, STOPPED = 1, 2, 130  # exit codes
 
@@ -105,11 +110,20 @@ def _check(parser: ArgumentParser, options: Namespace, console: Console) -> int:
 
 def _print_findings(findings: list[Finding], counts: Mapping[Severity, int]) -> None:
     console = Console()
-    table = Table("", "what", "files", show_lines=True)
+    # a path that is cut off names no file
+    columns = [Column(name, overflow="fold") for name in ("", "what", "files")]
+    table = Table(*columns, show_lines=True)
+    rows: Counter[str] = Counter()
     for finding in findings:
+        rows[finding.kind] += 1
+        if rows[finding.kind] > MOST_ROWS:
+            continue
         more = len(finding.files) - MOST_NAMED
         named = [*finding.files[:MOST_NAMED], *([f"and {more} more"] if more > 0 else [])]
         table.add_row(finding.severity, Text(finding.message), Text("\n".join(named)))
+    for kind, number in rows.items():
+        if number > MOST_ROWS:
+            table.add_row("", Text(f"{number - MOST_ROWS} more of the kind {kind!r}: --format json names them"), "")
     if findings:
         console.print(table)
     summary = ", ".join(f"{counts[severity]} {severity}s" for severity in get_args(Severity))

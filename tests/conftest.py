@@ -51,18 +51,21 @@ def differing(first: dict, second: dict) -> list[str]:
     return sorted(names)
 
 
+def png_chunk(kind: bytes, content: bytes) -> bytes:
+    return struct.pack(">I", len(content)) + kind + content + struct.pack(">I", zlib.crc32(kind + content))
+
+
 def write_bomb(path: Path, width: int, height: int) -> Path:
     """Write a valid black PNG of one bit a pixel: a few kilobytes that unpack to gigabytes."""
-
-    def chunk(kind: bytes, content: bytes) -> bytes:
-        return struct.pack(">I", len(content)) + kind + content + struct.pack(">I", zlib.crc32(kind + content))
 
     compressor = zlib.compressobj(1)
     rows = min(height, 1000)
     block = bytes(1 + (width + 7) // 8) * rows
     packed = b"".join(compressor.compress(block) for _ in range(height // rows)) + compressor.flush()
     header = struct.pack(">IIBBBBB", width, height, 1, 0, 0, 0, 0)
-    path.write_bytes(b"\x89PNG\r\n\x1a\n" + chunk(b"IHDR", header) + chunk(b"IDAT", packed) + chunk(b"IEND", b""))
+    path.write_bytes(
+        b"\x89PNG\r\n\x1a\n" + png_chunk(b"IHDR", header) + png_chunk(b"IDAT", packed) + png_chunk(b"IEND", b"")
+    )
     return path
 
 

@@ -3,25 +3,24 @@
 import hashlib
 import struct
 from collections import defaultdict
-from collections.abc import Callable, Iterable, Iterator, Sequence
-from dataclasses import dataclass, field
+from collections.abc import Callable, Iterable, Iterator
 from pathlib import Path
-from typing import Any, Literal, NamedTuple, get_args
+from typing import Any, NamedTuple, get_args
 
 import imagehash
 import numpy as np
 from anomalib import TaskType
-from anomalib.data import AnomalibDataModule, Folder
+from anomalib.data import AnomalibDataModule
+from anomalib.data.utils import read_depth_image
 from numpy.typing import NDArray
 from PIL import ExifTags, Image
-from torchvision.datasets.folder import IMG_EXTENSIONS
 
+from anomalib_dskd.data.finding import Finding, Severity
 from anomalib_dskd.data.image_files import READABLE_ERRORS, is_deep, open_image
+from anomalib_dskd.data.mask_pairs import find_unpaired
 from anomalib_dskd.errors import UnsafeImageError
 
-__all__ = ["Finding", "Severity", "check_data", "check_splits"]
-
-Severity = Literal["error", "warning", "note"]
+__all__ = ["check_data", "check_splits"]
 
 SPLITS = ("train", "val", "test")
 IMAGE_SUFFIXES = {".jpg", ".jpeg", ".png", ".ppm", ".bmp", ".pgm", ".tif", ".tiff", ".webp", ".gif", ".jp2", ".heic"}
@@ -29,6 +28,8 @@ FEW = 10  # training images
 STRETCHED = 1.5  # longer by shorter side, from where on a square resize distorts what is seen
 NEAR = 12  # of 256 bits of the perceptual hash: the same picture, saved or scaled differently; others differ in 128
 HASH_SIZE = 16
+FLAT = 1.0  # gray level: standard deviation of a picture without contrast
+INVERTED = 0.9  # of an image that its mask calls defective
 UPRIGHT = 1  # EXIF
 ALPHA: tuple[Severity, str] = (
     "warning",
@@ -47,32 +48,15 @@ MODES: dict[str, tuple[Severity, str]] = {
 }
 
 
-@dataclass
-class Finding:
-    """Something to know about a data set.
-
-    Attributes:
-        severity: ``error``, results would be wrong or training would stop; ``warning``, results may mislead;
-            ``note``, good to know.
-        kind: short name, for machines.
-        message: what it is, and what to do.
-        files: the files that it is true of.
-    """
-
-    severity: Severity
-    kind: str
-    message: str
-    files: list[str] = field(default_factory=list)
-
-
 class _Sample(NamedTuple):
     """An image of one split."""
 
     split: str
     image: str
     is_anomalous: bool
-    mask: str
-    threshold: int | None  # of the mask, where the data set has one
+    masks: tuple[str, ...]  # added up, if there are several
+    threshold: int | None  # of the masks, where the data set has one
+    depth: str
 
 
 class _Picture(NamedTuple):
@@ -98,40 +82,27 @@ def check_data(data: AnomalibDataModule, *, progress: Callable[[Iterable[str]], 
         data.setup()
     except Exception as error:  # data modules raise many kinds
         failed = Finding("error", "setup", f"the data module cannot be set up: {type(error).__name__}: {error}")
-        return [failed, *_missing_masks(data)]
+        return [failed, *find_unpaired(data)]
+    if not all("label_index" in dataset.samples for dataset in _datasets(data).values()):
+        text = f"{type(data).__name__} has videos: legal are data modules of images with a label each"
+        return [Finding("error", "videos", text)]
     samples = list(_samples(data))
     findings = _Findings()
     findings.extend(check_splits(data))
     pictures: dict[str, _Picture] = {}
-    for path in progress(list(dict.fromkeys(sample.image for sample in samples))):
+    needs_mask = _has_masks(data)
+    by_image = {sample.image: sample for sample in samples}
+    for path in progress(list(by_image)):
         picture = _look_at_image(path, findings)
         if picture is not None:
             pictures[path] = picture
-    has_masks = _has_masks(data)
-    for path, sample in {sample.image: sample for sample in samples}.items():
-        _look_at_mask(sample, pictures.get(path), findings, needs_mask=has_masks)
+        _look_at_masks(by_image[path], picture, findings, needs_mask=needs_mask)
+        _look_at_depth(by_image[path], findings)
+    _compare_folders(samples, findings)
     _compare_sizes(pictures, findings)
     _compare_pictures(samples, pictures, findings)
     _find_ignored(samples, findings)
     return findings.sorted()
-
-
-def _missing_masks(data: AnomalibDataModule) -> list[Finding]:
-    """Name the images without a mask, for want of which anomalib's ``Folder`` cannot be set up."""
-    if not (isinstance(data, Folder) and data.abnormal_dir and data.mask_dir):
-        return []
-    masks = [path.stem for path in _images_below(data, data.mask_dir)]
-    images = _images_below(data, data.abnormal_dir)
-    lacking = [str(path) for path in images if not any(path.stem in mask for mask in masks)]  # as anomalib pairs them
-    text = "is defective, and no mask has its name: add one, or leave out mask_dir"
-    return [Finding("error", "no-mask", text, lacking)] if masks and lacking else []
-
-
-def _images_below(data: Folder, folders: str | Path | Sequence[str | Path]) -> list[Path]:
-    names = [folders] if isinstance(folders, str | Path) else folders
-    suffixes = {suffix.lower() for suffix in data.extensions or IMG_EXTENSIONS}
-    paths = [path for name in names for path in (Path(data.root or "") / name).rglob("*")]
-    return sorted(path for path in paths if path.suffix.lower() in suffixes)
 
 
 def check_splits(data: AnomalibDataModule) -> list[Finding]:
@@ -188,15 +159,29 @@ def _counts(dataset: Any) -> tuple[int, int]:  # noqa: ANN401 - a data set of an
     return len(dataset.samples) - bad, bad
 
 
+def _datasets(data: AnomalibDataModule) -> dict[str, Any]:
+    """Return the data sets that there are, by split."""
+    datasets = {split: getattr(data, f"{split}_data", None) for split in SPLITS}
+    return {split: dataset for split, dataset in datasets.items() if dataset is not None}
+
+
 def _samples(data: AnomalibDataModule) -> Iterator[_Sample]:
-    for split in SPLITS:
-        dataset = getattr(data, f"{split}_data", None)
-        if dataset is None:
-            continue
+    for split, dataset in _datasets(data).items():
         for sample in dataset.samples.itertuples():
-            mask = str(getattr(sample, "mask_path", "") or "")
-            threshold = getattr(dataset, "mask_threshold", None)
-            yield _Sample(split, str(sample.image_path), bool(sample.label_index == 1), mask, threshold)
+            yield _Sample(
+                split,
+                str(sample.image_path),
+                is_anomalous=bool(sample.label_index == 1),
+                masks=_paths(getattr(sample, "mask_path", None)),
+                threshold=getattr(dataset, "mask_threshold", None),
+                depth="".join(_paths(getattr(sample, "depth_path", None))),
+            )
+
+
+def _paths(value: object) -> tuple[str, ...]:
+    """Return the paths in a cell of a data set's table: one, several (MVTec LOCO), or none in some form."""
+    paths = value if isinstance(value, (list, tuple)) else [value]
+    return tuple(str(path) for path in paths if isinstance(path, str | Path) and str(path))
 
 
 def _has_masks(data: AnomalibDataModule) -> bool:
@@ -210,6 +195,7 @@ def _look_at_image(path: str, findings: _Findings) -> _Picture | None:
     """Note how an image will be read; return what it is compared by, unless it cannot be read."""
     try:
         with open_image(path) as image:
+            has_16_bits = _has_16_bits(image)  # before anything else makes PIL forget it
             if getattr(image, "n_frames", 1) > 1:
                 findings.add("warning", "frames", "has more than one frame; the first alone is read", path)
             if _orientation(image) != UPRIGHT:
@@ -224,6 +210,8 @@ def _look_at_image(path: str, findings: _Findings) -> _Picture | None:
             elif "transparency" in image.info:
                 severity, text = ALPHA
                 findings.add(severity, "mode-transparency", text, path)
+            elif has_16_bits:
+                findings.add("note", "mode-16", "has 16 bits a channel; the upper 8 are read", path)
             colours = image.convert("RGB")
     except UnsafeImageError as error:
         findings.add("error", "unsafe", str(error).removeprefix(f"image {path!r} ").removesuffix("."), path)
@@ -232,10 +220,9 @@ def _look_at_image(path: str, findings: _Findings) -> _Picture | None:
         reason = str(error).replace(f" {path!r}", "").replace(path, "it") or type(error).__name__
         findings.add("error", "unreadable", f"cannot be read: {reason}. Replace or remove it", path)
         return None
-    if not np.ptp(np.asarray(colours), axis=(0, 1)).any():
-        findings.add(
-            "warning", "constant", "has one colour alone: a camera that was covered, or an empty picture", path
-        )
+    if (np.asarray(colours).std(axis=(0, 1)) < FLAT).all():
+        text = "has hardly any contrast: a camera that was covered, or an empty picture"
+        findings.add("warning", "flat", text, path)
     return _Picture(colours.size, hashlib.sha256(colours.tobytes()).digest(), _perceptual_hash(colours))
 
 
@@ -247,47 +234,83 @@ def _orientation(image: Image.Image) -> int:
         return UPRIGHT
 
 
+def _has_16_bits(image: Image.Image) -> bool:
+    """Whether PIL reads the upper halves of 16 bits, as it does of colour images; its mode does not tell."""
+    return any(";16" in str(tile.args) for tile in getattr(image, "tile", ()))
+
+
 def _perceptual_hash(image: Image.Image) -> NDArray[np.bool_]:
     bits: NDArray[np.bool_] = imagehash.phash(image, hash_size=HASH_SIZE).hash.ravel()
     return bits
 
 
-def _look_at_mask(sample: _Sample, picture: _Picture | None, findings: _Findings, *, needs_mask: bool) -> None:
-    if not sample.mask or (not sample.is_anomalous and not Path(sample.mask).is_file()):
-        if sample.is_anomalous and needs_mask:
-            text = "is defective and has no mask, as others have: the pixel figures would be wrong"
-            findings.add("error", "no-mask", text, sample.image)
-        return
+def _look_at_masks(sample: _Sample, picture: _Picture | None, findings: _Findings, *, needs_mask: bool) -> None:
+    masks = [mask for mask in sample.masks if sample.is_anomalous or Path(mask).is_file()]
+    if not masks and sample.is_anomalous and needs_mask:
+        text = "is defective and has no mask, as others have: the pixel figures would be wrong"
+        findings.add("error", "no-mask", text, sample.image)
+    for path in masks:
+        mask = _read_mask(path, findings)
+        if mask is not None:
+            _look_at_mask(path, mask, sample, picture, findings)
+
+
+def _read_mask(path: str, findings: _Findings) -> NDArray[np.uint8] | None:
     try:
-        with open_image(sample.mask) as image:
-            mask = np.asarray(image.convert("L"))
+        with open_image(path) as image:
+            return np.asarray(image.convert("L"))
     except FileNotFoundError:
-        findings.add("error", "no-mask", "is the mask of a defective image, and is not there", sample.mask)
-        return
+        findings.add("error", "no-mask", "is the mask of a defective image, and is not there", path)
     except UnsafeImageError as error:
-        text = str(error).removeprefix(f"image {sample.mask!r} ").removesuffix(".")
-        findings.add("error", "unsafe", text, sample.mask)
-        return
+        findings.add("error", "unsafe", str(error).removeprefix(f"image {path!r} ").removesuffix("."), path)
     except READABLE_ERRORS as error:
-        findings.add("error", "unreadable-mask", f"is a mask that cannot be read: {type(error).__name__}", sample.mask)
-        return
+        findings.add("error", "unreadable-mask", f"is a mask that cannot be read: {type(error).__name__}", path)
+    return None
+
+
+def _look_at_mask(
+    path: str, mask: NDArray[np.uint8], sample: _Sample, picture: _Picture | None, findings: _Findings
+) -> None:
     if picture is not None and mask.shape[::-1] != picture.size:
-        text = "is a mask of another size than its image: it would lie beside the defect"
-        findings.add("error", "mask-size", text, sample.mask)
+        findings.add(
+            "error", "mask-size", "is a mask of another size than its image: it would lie beside the defect", path
+        )
     if sample.threshold is None and len(np.unique(mask)) > 2:  # noqa: PLR2004 - good and defective
         text = "is a mask with values between black and white: all but 0 count as defective"
-        findings.add("warning", "mask-not-binary", text, sample.mask)
-    mask = mask > (sample.threshold or 0)
-    if sample.is_anomalous and not mask.any():
+        findings.add("warning", "mask-not-binary", text, path)
+    defective = (mask > (sample.threshold or 0)).mean()
+    if sample.is_anomalous and not defective:
         text = "is an empty mask of a defective image: its pixels count as good"
-        findings.add("warning", "mask-empty", text, sample.mask)
-    if not sample.is_anomalous and mask.any():
-        findings.add(
-            "error", "mask-of-good-image", "is a mask with a defect, of an image labelled as good", sample.mask
-        )
+        findings.add("warning", "mask-empty", text, path)
+    if sample.is_anomalous and defective > INVERTED:
+        text = "is a mask that calls nearly the whole image defective: is it inverted? Defects are white"
+        findings.add("warning", "mask-inverted", text, path)
+    if not sample.is_anomalous and defective:
+        findings.add("error", "mask-of-good-image", "is a mask with a defect, of an image labelled as good", path)
+
+
+def _look_at_depth(sample: _Sample, findings: _Findings) -> None:
+    if not sample.depth:
+        return
+    try:
+        read_depth_image(sample.depth)
+    except Exception as error:  # its reader raises many kinds
+        text = f"is a depth image that cannot be read: {type(error).__name__}"
+        findings.add("error", "unreadable-depth", text, sample.depth)
 
 
 # --- many files --------------------------------------------------------------------------------------------------
+
+
+def _compare_folders(samples: list[_Sample], findings: _Findings) -> None:
+    """Find masks of another kind of defect: anomalib pairs sorted lists, and compares the files' names alone."""
+    kinds = {Path(mask).parent.name for sample in samples for mask in sample.masks}
+    for sample in samples:
+        kind = Path(sample.image).parent.name
+        for mask in sample.masks:
+            if kind in kinds and Path(mask).parent.name != kind:
+                text = "is an image whose mask is taken from another folder than its own; let both sort alike"
+                findings.add("error", "mask-of-other-image", text, sample.image)
 
 
 def _compare_sizes(pictures: dict[str, _Picture], findings: _Findings) -> None:
@@ -304,7 +327,7 @@ def _compare_sizes(pictures: dict[str, _Picture], findings: _Findings) -> None:
 
 
 def _compare_pictures(samples: list[_Sample], pictures: dict[str, _Picture], findings: _Findings) -> None:
-    """Find pictures that are in the training set and in the test set, under the same or another name."""
+    """Find pictures that are there more than once, under the same or another name."""
     train = {sample.image for sample in samples if sample.split == "train" and sample.image in pictures}
     test = {sample.image for sample in samples if sample.split != "train" and sample.image in pictures}
     for path in sorted(train & test):
@@ -312,12 +335,16 @@ def _compare_pictures(samples: list[_Sample], pictures: dict[str, _Picture], fin
     by_digest: dict[bytes, list[str]] = defaultdict(list)
     for path in sorted(train | test):
         by_digest[pictures[path].digest].append(path)
+    is_bad = {sample.image: sample.is_anomalous for sample in samples}
     for paths in by_digest.values():
         if len(paths) > 1:
             is_leak = bool(train & set(paths)) and bool(test & set(paths))
-            where = "in training set and test set" if is_leak else "in one set"
-            text = f"are the same picture under different names, {where}: {', '.join(Path(p).name for p in paths)}"
-            findings.add("error" if is_leak else "warning", "same-picture", text, *paths)
+            is_contradiction = len({is_bad[path] for path in paths}) > 1
+            what = ", one called good and one defective" if is_contradiction else ""
+            what += ", in training set and test set" if is_leak else ""
+            names = ", ".join(Path(path).name for path in paths)
+            text = f"are the same picture under different names{what}: {names}"
+            findings.add("error" if is_leak or is_contradiction else "warning", "same-picture", text, *paths)
     _find_near(sorted(train), sorted(test - train), pictures, findings)
 
 
@@ -337,7 +364,7 @@ def _find_near(train: list[str], test: list[str], pictures: dict[str, _Picture],
 
 def _find_ignored(samples: list[_Sample], findings: _Findings) -> None:
     """Find pictures that lie beside those of the data set and are not read."""
-    known = {Path(path).resolve() for sample in samples for path in (sample.image, sample.mask) if path}
+    known = {Path(path).resolve() for sample in samples for path in (sample.image, *sample.masks)}
     for folder in sorted({path.parent for path in known if path.parent.is_dir()}):
         for path in sorted(folder.iterdir()):
             if path.suffix.lower() in IMAGE_SUFFIXES and path.is_file() and path.resolve() not in known:

@@ -1,4 +1,6 @@
 import shutil
+import struct
+import zlib
 from pathlib import Path
 from types import SimpleNamespace
 
@@ -6,12 +8,12 @@ import numpy as np
 import pandas as pd
 import pytest
 import skimage.data
-from anomalib.data import Folder
+from anomalib.data import Folder, MVTecAD
 from PIL import Image
 
 from anomalib_dskd import MagneticTile
 from anomalib_dskd.data.check import check_data, check_splits
-from tests.conftest import write_bomb
+from tests.conftest import png_chunk, write_bomb
 
 SIDE = 48
 
@@ -84,6 +86,43 @@ def mask(root: Path, values: np.ndarray) -> None:
     Image.fromarray(values.astype(np.uint8)).save(root / "mask" / "0.png")
 
 
+def noise(*levels: int) -> Image.Image:
+    return Image.fromarray(np.random.default_rng(0).integers(*levels, (SIDE, SIDE, 3), dtype=np.uint8))
+
+
+def rename_to_sort_otherwise(root: Path) -> None:
+    """``1.png`` sorts before ``11.png``, and ``11_mask.png`` before ``1_mask.png``."""
+    for folder, suffix in (("bad", ""), ("mask", "_mask")):
+        (root / folder / "0.png").unlink()
+        (root / folder / "2.png").rename(root / folder / f"11{suffix}.png")
+        (root / folder / "1.png").rename(root / folder / f"1{suffix}.png")
+
+
+def swap_folders_of_masks(root: Path) -> None:
+    """Let kinds of defect sort otherwise than their masks, so that equal names hide the exchange."""
+    for index in (1, 2):
+        for folder in ("bad", "mask"):
+            (root / folder / f"{index}.png").unlink()
+    for kind, above in (("dent", "b"), ("scratch", "a")):
+        for folder, part in (("bad", kind), ("mask", f"{above}/{kind}")):
+            (root / folder / part).mkdir(parents=True)
+            shutil.copy(root / folder / "0.png", root / folder / part / "0.png")
+    picture(150).save(root / "bad/dent/0.png")
+    for folder in ("bad", "mask"):
+        (root / folder / "0.png").unlink()
+
+
+def png_of_16_bits(image: Image.Image) -> bytes:
+    """PIL writes none: each value of 8 bits twice is the same one of 16."""
+    pixels = np.repeat(np.asarray(image), 2, axis=-1)  # (H, W, 6)
+    rows = b"".join(b"\0" + row.tobytes() for row in pixels)
+    header = struct.pack(">IIBBBBB", image.width, image.height, 16, 2, 0, 0, 0)
+    return b"\x89PNG\r\n\x1a\n" + b"".join(
+        png_chunk(kind, content)
+        for kind, content in ((b"IHDR", header), (b"IDAT", zlib.compress(rows)), (b"IEND", b""))
+    )
+
+
 def ramp() -> np.ndarray:
     return np.arange(SIDE * SIDE).reshape(SIDE, SIDE) % 256
 
@@ -139,10 +178,14 @@ BREAK = {
         lambda r: save(r, "good/zz.tiff", picture(80), save_all=True, append_images=[picture(81)]),
         {"frames": ("warning", ["zz.tiff"])},
     ),
-    "black": (lambda r: save(r, "good/00.png", Image.new("RGB", (SIDE, SIDE))), {"constant": ("warning", ["00.png"])}),
+    "black": (lambda r: save(r, "good/00.png", Image.new("RGB", (SIDE, SIDE))), {"flat": ("warning", ["00.png"])}),
     "white": (
         lambda r: save(r, "test/0.png", Image.new("L", (SIDE, SIDE), 255)),
-        {"constant": ("warning", ["0.png"])},
+        {"flat": ("warning", ["0.png"])},
+    ),
+    "a covered camera": (
+        lambda r: save(r, "good/00.png", noise(0, 2)),
+        {"flat": ("warning", ["00.png"])},
     ),
     "another size": (lambda r: save(r, "good/00.png", picture(0, 60)), {"sizes": ("note", [])}),
     "stretched": (
@@ -150,16 +193,40 @@ BREAK = {
         {"sizes": ("note", []), "aspect-ratio": ("warning", ["00.png"])},
     ),
     "mask of another size": (
-        lambda r: save(r, "mask/0.png", Image.new("L", (30, 30), 255)),
+        lambda r: save(r, "mask/0.png", Image.fromarray(np.tri(30, dtype=np.uint8) * 255)),
         {"mask-size": ("error", ["0.png"])},
     ),
+    "inverted mask": (
+        lambda r: mask(r, np.where(np.arange(SIDE * SIDE).reshape(SIDE, SIDE) < SIDE, 0, 255)),
+        {"mask-inverted": ("warning", ["0.png"])},
+    ),
     "empty mask": (lambda r: mask(r, np.zeros((SIDE, SIDE))), {"mask-empty": ("warning", ["0.png"])}),
-    "soft mask": (lambda r: mask(r, ramp()), {"mask-not-binary": ("warning", ["0.png"])}),
+    "soft mask": (lambda r: mask(r, np.tril(ramp())), {"mask-not-binary": ("warning", ["0.png"])}),
     "truncated mask": (
         lambda r: (r / "mask/0.png").write_bytes((r / "mask/0.png").read_bytes()[:50]),
         {"unreadable-mask": ("error", ["0.png"])},
     ),
     "mask missing": (lambda r: (r / "mask/0.png").unlink(), {"setup": ("error", []), "no-mask": ("error", ["0.png"])}),
+    "mask too many": (
+        lambda r: shutil.copy(r / "mask/0.png", r / "mask/9.png"),
+        {"setup": ("error", []), "surplus-mask": ("error", ["9.png"])},
+    ),
+    "masks that sort otherwise": (
+        rename_to_sort_otherwise,
+        {"setup": ("error", []), "mask-order": ("error", ["1.png", "11.png"])},
+    ),
+    "masks of other kinds of defect": (
+        swap_folders_of_masks,
+        {"mask-of-other-image": ("error", ["0.png", "0.png"])},
+    ),
+    "the same picture as good and as defective": (
+        lambda r: shutil.copy(r / "test/0.png", r / "bad/0.png"),
+        {"same-picture": ("error", ["0.png", "0.png"])},
+    ),
+    "colours of 16 bits": (
+        lambda r: (r / "good/00.png").write_bytes(png_of_16_bits(picture(0))),
+        {"mode-16": ("note", ["00.png"])},
+    ),
     "same picture in training and test": (
         lambda r: shutil.copy(r / "good/00.png", r / "test/copy.png"),
         {"same-picture": ("error", ["00.png", "copy.png"])},
@@ -258,3 +325,62 @@ def test_every_image_is_looked_at_once(root):
     seen = []
     check_data(module(root), progress=lambda paths: seen.extend(paths) or iter(paths))
     assert len(seen) == len(set(seen)) == 12 + 3 + 3
+
+
+def test_masks_of_mvtec_ads_layout_are_named_too(root, tmp_path):
+    category = tmp_path / "mvtec" / "bottle"
+    shutil.copytree(root / "good", category / "train" / "good")
+    shutil.copytree(root / "test", category / "test" / "good")
+    for kind in ("dent", "scratch"):
+        shutil.copytree(root / "bad", category / "test" / kind)
+        (category / "ground_truth" / kind).mkdir(parents=True)
+        for index in range(3):
+            shutil.copy(root / "mask" / f"{index}.png", category / "ground_truth" / kind / f"{index}_mask.png")
+    (category / "ground_truth" / "dent" / "1_mask.png").unlink()
+    setup, missing = check_data(MVTecAD(category.parent, "bottle"))
+    assert (setup.kind, missing.kind) == ("setup", "no-mask")
+    assert missing.files == [str(category / "test" / "dent" / "1.png")]
+
+
+def test_several_masks_of_an_image_are_all_read(root):
+    """As in MVTec LOCO, whose table has a list in each cell."""
+    data = module(root)
+    data.setup()
+    (root / "mask/2.png").write_bytes(b"")
+    for split in (data.val_data, data.test_data):
+        masks = [[path, str(root / "mask/2.png")] if path else [] for path in split.samples.mask_path]
+        split.samples["mask_path"] = masks
+    data.setup = data.prepare_data = lambda: None
+    (finding,) = check_data(data)
+    assert (finding.kind, [Path(file).name for file in finding.files]) == ("unreadable-mask", ["2.png"])
+
+
+def test_depth_images_are_read(root):
+    data = module(root)
+    data.setup()
+    depths = {"00": b"no image"}
+    for split in (data.train_data, data.val_data, data.test_data):
+        split.samples["depth_path"] = [depth_image(path, depths) for path in split.samples.image_path]
+    data.setup = data.prepare_data = lambda: None
+    (finding,) = check_data(data)
+    assert (finding.kind, [Path(file).name for file in finding.files]) == ("unreadable-depth", ["00.tiff"])
+
+
+def depth_image(image: str, contents: dict[str, bytes]) -> str:
+    path = Path(image).parent.parent / "depth" / Path(image).parent.name / f"{Path(image).stem}.tiff"
+    path.parent.mkdir(parents=True, exist_ok=True)
+    Image.fromarray(ramp().astype(np.float32)).save(path)
+    if path.stem in contents:
+        path.write_bytes(contents[path.stem])
+    return str(path)
+
+
+def test_videos_are_refused_by_name(root):
+    data = module(root)
+    data.setup()
+    for split in (data.train_data, data.val_data, data.test_data):
+        split.samples = split.samples.drop(columns="label_index")
+    data.setup = data.prepare_data = lambda: None
+    (finding,) = check_data(data)
+    assert (finding.severity, finding.kind) == ("error", "videos")
+    assert "Folder has videos" in finding.message

@@ -1,0 +1,79 @@
+"""Which masks belong to which images, for data modules that cannot be set up: anomalib then names none of them.
+
+anomalib sorts images and masks, pairs them by their order, and asks afterwards whether an image's name is part of its
+mask's.
+"""
+
+import re
+from collections.abc import Iterator, Sequence
+from pathlib import Path
+from typing import NamedTuple
+
+from anomalib.data import AnomalibDataModule, Folder
+from torchvision.datasets.folder import IMG_EXTENSIONS
+
+from anomalib_dskd.data.finding import Finding
+
+__all__ = ["find_unpaired"]
+
+GOOD = "good"  # folder of the test set's good images, as in MVTec AD
+
+
+class _Files(NamedTuple):
+    """Defective images, and the masks that there are, each sorted as anomalib does."""
+
+    images: list[Path]
+    masks: list[Path]
+
+
+def find_unpaired(data: AnomalibDataModule) -> list[Finding]:
+    """Name defective images without a mask, masks without an image, or else those whose order differs.
+
+    Args:
+        data: a ``Folder``, or a module for a layout as that of MVTec AD (``test``, ``ground_truth``). It need not have
+            been set up.
+    """
+    images, masks = _defects(data)
+    if not masks:  # their folder is misnamed, or the data has none
+        return []
+    belonging = {image: set(_belonging(image, masks)) for image in images}
+    lacking = [str(image) for image, found in belonging.items() if not found]
+    surplus = sorted(map(str, set(masks).difference(*belonging.values())))
+    findings = []
+    if lacking:
+        text = "is defective, and no mask has its name: add one, or use the data without masks"
+        findings.append(Finding("error", "no-mask", text, lacking))
+    if surplus:
+        text = "is a mask, and no defective image has its name: remove it, or add the image"
+        findings.append(Finding("error", "surplus-mask", text, surplus))
+    if not findings:
+        swapped = [str(image) for image, mask in zip(images, masks, strict=False) if mask not in belonging[image]]
+        text = "sorts to another place than its mask does, and anomalib pairs them by their order: use equal names"
+        findings = [Finding("error", "mask-order", text, swapped)] if swapped else []
+    return findings
+
+
+def _defects(data: AnomalibDataModule) -> _Files:
+    root, suffixes = Path(getattr(data, "root", None) or ""), set(IMG_EXTENSIONS)
+    if isinstance(data, Folder):
+        suffixes = {suffix.lower() for suffix in data.extensions or suffixes}
+        folders = [_as_list(names) for names in (data.abnormal_dir, data.mask_dir)]
+        images, masks = ([path for name in names for path in (root / name).rglob("*")] for names in folders)
+    else:
+        root /= getattr(data, "category", None) or ""
+        images = [path for path in root.glob("test/*/*") if path.parent.name != GOOD]
+        masks = list(root.glob("ground_truth/*/*"))
+    return _Files(*(sorted(path for path in paths if path.suffix.lower() in suffixes) for paths in (images, masks)))
+
+
+def _as_list(names: str | Path | Sequence[str | Path] | None) -> Sequence[str | Path]:
+    return [names] if isinstance(names, str | Path) else names or []
+
+
+def _belonging(image: Path, masks: list[Path]) -> Iterator[Path]:
+    """Yield the masks whose name has the image's as a whole word, in the folder of the same kind of defect if any."""
+    name = re.compile(rf"(?<![0-9A-Za-z]){re.escape(image.stem)}(?![0-9A-Za-z])")
+    has_kinds = image.parent.name in {mask.parent.name for mask in masks}
+    for mask in masks:
+        if name.search(mask.stem) and (not has_kinds or mask.parent.name == image.parent.name):
+            yield mask
