@@ -2,6 +2,7 @@
 
 import hashlib
 import json
+import math
 from collections.abc import Iterator, Sequence
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
@@ -249,12 +250,17 @@ def _check_description(spec: ModelSpec | DatasetSpec) -> None:
         raise ArgumentError(msg)
 
 
-def _check_size(spec: ModelSpec) -> None:
-    own = {"image_size", "pre_processor"} & set(spec.model.get("init_args", {}))
+def _check_is_comparable(spec: ModelSpec, *, has_weights: bool) -> None:
+    """Raise if a model would go its own way in what the benchmark sets for all."""
+    common = {"image_size": "image_size", "pre_processor": "image_size", "seed": "seeds"}
+    if has_weights:
+        common["teacher_weights"] = "weights"
+    own = sorted(common.keys() & spec.model.get("init_args", {}).keys())
     if own:
+        instead = " and ".join(dict.fromkeys(f"`{common[name]}`" for name in own))
         msg = (
-            f"model {_name(spec)!r} has {' and '.join(sorted(own))} among its init_args: all models get the same size. "
-            "Give the benchmark's `image_size`, or that of a data set."
+            f"model {_name(spec)!r} has {' and '.join(own)} among its init_args, which is to be the same for all "
+            f"models. Leave it out, and give the benchmark's {instead}."
         )
         raise ArgumentError(msg)
 
@@ -272,7 +278,7 @@ def _check(config: BenchmarkConfig) -> None:
             msg = f"{what} {', '.join(twice)} given more than once: give each a `name` of its own."
             raise ArgumentError(msg)
     for model in config.models:
-        _check_size(model)
+        _check_is_comparable(model, has_weights=bool(config.weights))
     if not config.seeds or len(set(config.seeds)) != len(config.seeds) or min(config.seeds) < 0:
         msg = f"seeds {config.seeds} must be one or more different whole numbers, 0 or larger."
         raise ArgumentError(msg)
@@ -287,6 +293,6 @@ def _check(config: BenchmarkConfig) -> None:
         if number is not None and number < 1:
             msg = f"{name} {number} must be 1 or larger."
             raise ArgumentError(msg)
-    if not config.measure.seconds > 0:
-        msg = f"measure.seconds {config.measure.seconds} must be larger than 0."
+    if not 0 < config.measure.seconds < math.inf:
+        msg = f"measure.seconds {config.measure.seconds} must be a finite number larger than 0."
         raise ArgumentError(msg)

@@ -6,12 +6,14 @@ for all models are laid out as such a cache, and each job runs with the variable
 """
 
 import os
+import shutil
 from pathlib import Path
 
 import timm
+from safetensors import SafetensorError
 from safetensors.torch import save_file
 
-from anomalib_dskd.errors import ArgumentError
+from anomalib_dskd.errors import ArgumentError, DataError
 from anomalib_dskd.weights import WEIGHTS_FOLDER_VARIABLE, find_teacher_weights, hub_repository
 
 __all__ = ["describe_weights", "environment", "write_hub_cache"]
@@ -33,6 +35,7 @@ def write_hub_cache(weights: dict[str, str], folder: Path) -> None:
     Raises:
         ArgumentError: timm does not know the architecture, or it has no pretrained weights on the hub.
         TeacherWeightsError: a file is missing, unreadable, or of another architecture.
+        DataError: the folder cannot be written.
     """
     for architecture, path in weights.items():
         tags = _tags(architecture)
@@ -40,16 +43,27 @@ def write_hub_cache(weights: dict[str, str], folder: Path) -> None:
         whole = folder / BY_NAME / f"{architecture}.safetensors"
         whole.parent.mkdir(parents=True, exist_ok=True)
         whole.unlink(missing_ok=True)  # not written through: other tags are links to it
-        save_file({name: tensor.contiguous() for name, tensor in state.items()}, whole)
+        try:
+            save_file({name: tensor.contiguous() for name, tensor in state.items()}, whole)
+        except SafetensorError as error:  # such as a full disk
+            msg = f"the weights of {architecture!r} cannot be written to {str(whole)!r}: {error}. Make room there."
+            raise DataError(msg) from error
         for tag, repository in tags.items():
             snapshot = folder / f"models--{repository.replace('/', '--')}" / "snapshots" / REVISION
             for link in (whole.with_name(f"{tag}.safetensors"), snapshot / "model.safetensors"):
                 link.parent.mkdir(parents=True, exist_ok=True)
                 link.unlink(missing_ok=True)
-                os.link(whole, link)
+                _link(whole, link)
             references = snapshot.parent.parent / "refs"
             references.mkdir(exist_ok=True)
             (references / "main").write_text(REVISION)
+
+
+def _link(file: Path, link: Path) -> None:
+    try:
+        os.link(file, link)
+    except OSError:  # a file system without links, as on many memory sticks and shares
+        shutil.copyfile(file, link)
 
 
 def environment(folder: Path) -> dict[str, str]:

@@ -23,7 +23,12 @@ class BenchmarkProgress:
     def __init__(self, total: int, done: int, console: Console) -> None:
         self.console = console
         self.total, self.done = total, done
-        columns = (TextColumn("{task.description}"), BarColumn(), TimeElapsedColumn(), TimeRemainingColumn())
+        columns = (
+            TextColumn("{task.description}", markup=False),
+            BarColumn(),
+            TimeElapsedColumn(),
+            TimeRemainingColumn(),
+        )
         self._bars = Progress(*columns, console=console, disable=not console.is_terminal)
         self._sweep = self._bars.add_task(self._title(), total=total, completed=done)
         self._job = self._bars.add_task("", total=1.0)

@@ -55,7 +55,7 @@ CSV_COLUMNS: Mapping[str, tuple[str, ...]] = {
     "throughput_images_per_second": ("speed", "throughput"),
     "throughput_batch": ("speed", "throughput_batch"),
     **{name: ("cost", name) for name in ("peak_memory_mib", "parameters", "trained_parameters", "macs", "export_mib")},
-    **{name: (name,) for name in ("notes", "weights")},
+    **{name: (name,) for name in ("classes", "notes", "weights")},
     **{name: ("machine", name) for name in ("cpu", "cores", "threads", "platform", "python", "anomalib", "torch")},
     **{name: ("machine", name) for name in ("openvino", "timm", "anomalib_dskd", "commit")},
     **{name: (name,) for name in ("started", "finished")},

@@ -15,7 +15,7 @@ from filelock import FileLock, Timeout
 from typing_extensions import Self
 
 from anomalib_dskd.benchmark.config import Job
-from anomalib_dskd.errors import ArgumentError, DataError
+from anomalib_dskd.errors import ArgumentError, DataError, DskdError
 
 __all__ = ["CONFIG", "PREDICTIONS", "RESULTS", "RunFolder", "job_path", "read_plan", "read_results"]
 
@@ -60,7 +60,7 @@ class RunFolder:
         except OSError as error:
             self._lock.release()
             raise DataError(self._cannot_write(error)) from error
-        except ArgumentError:
+        except DskdError:
             self._lock.release()
             raise
         return self
@@ -88,7 +88,7 @@ class RunFolder:
         """
         plan = [{"job": job.id, **json.loads(json.dumps(asdict(job), default=str))} for job in jobs]
         before = read_plan(self.path)
-        if before is None:
+        if before is None or not self.finished():
             _write_whole(self.path / PLAN, json.dumps(plan, indent=1))
             return
         if [job["job"] for job in before] != [job["job"] for job in plan]:
@@ -142,11 +142,13 @@ class RunFolder:
 
     def _keep_config(self) -> None:
         kept = self.path / CONFIG
-        if not kept.is_file():
+        before = kept.read_text(encoding="utf-8") if kept.is_file() else None
+        if before is None:
             _write_whole(kept, self.config)
-            return
-        before = kept.read_text(encoding="utf-8")
-        if before != self.config:
+        elif before != self.config and not self.finished():  # such as one with a mistake that is mended
+            (self.path / RESULTS).unlink(missing_ok=True)  # its failures
+            _write_whole(kept, self.config)
+        elif before != self.config:
             changes = difflib.unified_diff(before.splitlines(), self.config.splitlines(), lineterm="", n=0)
             changed = "\n".join(line for line in changes if not line.startswith(("---", "+++", "@@")))
             msg = (

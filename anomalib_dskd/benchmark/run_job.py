@@ -13,11 +13,13 @@ from typing import Any
 
 import torch
 from anomalib.data import AnomalibDataModule
+from anomalib.data.transforms.utils import extract_transforms_by_type
 from anomalib.deploy import CompressionType
 from anomalib.engine import Engine
 from anomalib.models.components import AnomalibModule
 from jsonargparse import ArgumentParser
 from lightning import Callback, LightningModule, Trainer, seed_everything
+from torchvision.transforms.v2 import Resize
 
 from anomalib_dskd.benchmark.config import OWN, Job
 from anomalib_dskd.benchmark.machine import machine
@@ -57,6 +59,7 @@ def run_job(job: Job, folder: Path, report: Report, training: Path | None = None
     with TemporaryDirectory(prefix="anomalib-dskd-") as scratch:
         report(0.0, "preparing")
         trained = _reuse(training, job, model, data, Path(scratch))
+        notes = _notes(job, model, is_shared=trained is not None)
         if trained is None:
             trained = _fit(job, model, data, clock, Path(scratch))
             _keep(training, model, trained)
@@ -81,7 +84,7 @@ def run_job(job: Job, folder: Path, report: Report, training: Path | None = None
     report(TRAINING_SHARE, "measuring")
     measured = _measure(job, model, data, trained["parameters"])
     measured["cost"]["peak_memory_mib"] = trained["peak_memory_mib"]
-    return {**record, **measured, "finished": now()}
+    return {**record, **measured, "notes": [*notes, *measured["notes"]], "finished": now()}
 
 
 def check_job(job: Job) -> None:
@@ -284,10 +287,25 @@ def _weights(job: Job, model: AnomalibModule) -> list[dict[str, str]]:
     configs = [getattr(module, "pretrained_cfg", None) for module in model.modules()]  # timm's
     used = {config["architecture"] for config in configs if isinstance(config, dict) and "architecture" in config}
     given = [weights for weights in job.weights if weights["name"] in used]
-    origin = getattr(getattr(getattr(model, "model", None), "teacher", None), "weights_origin", None)
-    if given or not origin:
+    teacher = getattr(getattr(model, "model", None), "teacher", None)
+    origin = getattr(teacher, "weights_origin", None)
+    if given or teacher is None or not origin:
         return given
-    return [{"name": str(model.model.teacher.backbone.name).partition(".")[0], **origin}]
+    return [{"name": str(teacher.backbone.name).partition(".")[0], **origin}]
+
+
+def _notes(job: Job, model: AnomalibModule, *, is_shared: bool) -> list[str]:
+    """Return what a reader of the figures has to know beside them."""
+    notes = []
+    if is_shared:
+        notes.append("trained together with another row: times and memory of the training are that row's")
+    transform = getattr(model.pre_processor, "transform", None)
+    resizes = [] if transform is None else extract_transforms_by_type(transform, Resize)
+    sizes = {tuple(resize.size) * (2 // len(resize.size)) for resize in resizes}
+    if sizes - {job.image_size}:
+        others = " and ".join(" x ".join(map(str, size)) for size in sorted(sizes))
+        notes.append(f"resizes images to {others}, whatever size the benchmark asks for")
+    return notes
 
 
 def _classes(data: AnomalibDataModule) -> dict[str, str]:

@@ -83,7 +83,7 @@ class DataSet:
     def paper_mean(self, model: str, quantity: Quantity) -> float | None:
         """Return the paper's mean over the categories that we have, which an ablation has for all of them alone."""
         categories = {str(category) for category in summarise(self.of(model), quantity).categories if category}
-        if self.benchmark is None:
+        if self.benchmark is None or quantity not in IN_PAPER:
             return None
         figure = self.benchmark.mean(self.method(model), quantity.path[1], categories)
         ablation = self.ablation(model)
@@ -119,7 +119,7 @@ def category_tables(data: DataSet) -> list[Table]:
     if data.categories == [None]:
         return []
     tables = []
-    for quantity in IN_PAPER:
+    for quantity in ACCURACY:
         paper_columns = _PaperColumns(data, quantity)
         rows = []
         for category in data.categories:
@@ -129,12 +129,22 @@ def category_tables(data: DataSet) -> list[Table]:
             rows.append([Cell(category or "all"), *paper_columns.beside(compare(groups, quantity), figures)])
         means = compare([data.of(model) for model in data.models], quantity, len(rows))
         figures = [data.paper_mean(model, quantity) for model in data.models]
-        last_rows = [[Cell("mean"), *paper_columns.beside(means, figures)]] if len(rows) > 1 else []
+        last_rows = []
+        if len(rows) > 1:
+            spreads = [_category_spread(data.of(model), quantity) for model in data.models]
+            last_rows.append([Cell("mean"), *paper_columns.beside(means, figures)])
+            last_rows.append([Cell("spread"), *paper_columns.beside(spreads, [None] * len(spreads))])
         if any(quantity.of(record) is not None for record in data.records):
             columns = [Column("category", is_text=True), *paper_columns.headings()]
             notes = _paper_notes(data, [quantity])[:1]
+            notes += ["Spread: standard deviation (n - 1) over the categories."] if len(rows) > 1 else []
             tables.append(Table(f"{_capital(quantity.label)} by category, %", columns, rows, last_rows, notes))
     return tables
+
+
+def _category_spread(records: Iterable[Record], quantity: Quantity) -> Cell:
+    spread = summarise(records, quantity).category_spread
+    return Cell(NOT_MEASURED) if spread is None else Cell(quantity.text(spread), spread * quantity.scale)
 
 
 class _PaperColumns:
@@ -155,7 +165,7 @@ class _PaperColumns:
 
     def figures(self, category: str | None) -> list[float | None]:
         benchmark, metric = self.data.benchmark, self.quantity.path[1]
-        if benchmark is None or category is None:
+        if benchmark is None or category is None or self.quantity not in IN_PAPER:
             return [None] * len(self.data.models)
         return [benchmark.figure(self.data.method(model), metric, category) for model in self.data.models]
 
@@ -171,7 +181,7 @@ def class_tables(data: DataSet) -> list[Table]:
     kinds = list(dict.fromkeys((r.get("category"), kind) for r in data.records for kind in r.get("classes") or {}))
     has_categories = data.categories != [None]
     tables = []
-    for quantity in IN_PAPER:
+    for quantity in ACCURACY:
         rows, is_measured = [], False
         for category, kind in kinds:
             records = [_of_kind(r, kind) for r in data.records if r.get("category") == category]

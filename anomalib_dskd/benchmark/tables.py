@@ -138,6 +138,7 @@ class Summary:
 
     mean: float | None
     spread: float | None
+    category_spread: float | None
     categories: frozenset[str | None]
     is_failed: bool
 
@@ -146,7 +147,7 @@ def summarise(records: Iterable[Record], quantity: Quantity) -> Summary:
     """Average over the seeds of each category, then over the categories.
 
     The spread is the standard deviation (n - 1), over the seeds that have all of these categories, of each seed's
-    mean over the categories; None for a single seed.
+    mean over the categories; None for a single seed. The spread over categories is that of each one's mean over seeds.
 
     Args:
         records: of one model on one data set, of any status.
@@ -161,10 +162,14 @@ def summarise(records: Iterable[Record], quantity: Quantity) -> Summary:
     categories = frozenset(category for values in seeds.values() for category in values)
     if not categories:
         is_failed = bool(records) and all(record["status"] == "failed" for record in records)
-        return Summary(None, None, categories, is_failed)
+        return Summary(None, None, None, categories, is_failed)
     means = [statistics.fmean(v[category] for v in seeds.values() if category in v) for category in categories]
     whole = [statistics.fmean(values.values()) for values in seeds.values() if len(values) == len(categories)]
-    return Summary(statistics.fmean(means), statistics.stdev(whole) if len(whole) > 1 else None, categories, False)
+    return Summary(statistics.fmean(means), _spread(whole), _spread(means), categories, is_failed=False)
+
+
+def _spread(values: Sequence[float]) -> float | None:
+    return statistics.stdev(values) if len(values) > 1 else None
 
 
 def compare(groups: Sequence[Iterable[Record]], quantity: Quantity, categories: int | None = None) -> list[Cell]:

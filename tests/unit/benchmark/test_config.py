@@ -7,6 +7,7 @@ import yaml
 
 from anomalib_dskd.benchmark.config import BenchmarkConfig, DatasetSpec, Job, Measurements, ModelSpec, expand
 from anomalib_dskd.benchmark.run_job import check_job
+from anomalib_dskd.cli import _parsers
 from anomalib_dskd.errors import ArgumentError
 
 CONFIGS = Path(__file__).parents[3] / "configs" / "benchmark"
@@ -70,6 +71,17 @@ def test_siblings_are_compared_at_the_same_number_of_epochs():
     ]
 
 
+@pytest.mark.parametrize("path", sorted(CONFIGS.glob("*.yaml")), ids=lambda path: path.stem)
+def test_every_configuration_means_jobs_that_can_be_built(path):
+    _, subcommands = _parsers()
+    options = subcommands["benchmark"].parse_args(["--config", str(path)])
+    values = vars(subcommands["benchmark"].instantiate_classes(options))
+    jobs = expand(BenchmarkConfig(**{name: value for name, value in values.items() if name != "config"}))
+    assert jobs
+    for job in {job.model: job for job in jobs}.values():
+        check_job(job)
+
+
 def test_a_jobs_number_stands_for_all_that_its_result_depends_on():
     job = expand(config())[0]
     assert Job.from_dict(json.loads(json.dumps(dataclasses.asdict(job)))) == job
@@ -107,9 +119,21 @@ def test_a_jobs_number_stands_for_all_that_its_result_depends_on():
         ({"datasets": [dataclasses.replace(MVTEC, categories=["wood", "wood"])]}, "categories .* must be different"),
         (
             {"models": [ModelSpec({"class_path": "a.Dskd", "init_args": {"image_size": 64}})]},
-            "'Dskd' has image_size among its init_args: all models get the same size",
+            "'Dskd' has image_size among its init_args, which is to be the same .* the benchmark's `image_size`",
         ),
-        ({"measure": Measurements(seconds=0)}, "measure.seconds 0 must be larger than 0"),
+        (
+            {"models": [ModelSpec({"class_path": "a.Dskd", "init_args": {"seed": 0, "pre_processor": False}})]},
+            "'Dskd' has pre_processor and seed among its init_args, .* the benchmark's `image_size` and `seeds`",
+        ),
+        (
+            {
+                "models": [ModelSpec({"class_path": "a.Dskd", "init_args": {"teacher_weights": "mine.pth"}})],
+                "weights": {"resnet18": "theirs.pth"},
+            },
+            "'Dskd' has teacher_weights among its init_args, .* the benchmark's `weights`",
+        ),
+        ({"measure": Measurements(seconds=0)}, "measure.seconds 0 must be a finite number larger than 0"),
+        ({"measure": Measurements(seconds=float("inf"))}, "measure.seconds inf must be a finite"),
     ],
 )
 def test_what_cannot_be_compared_is_refused(changes, message):

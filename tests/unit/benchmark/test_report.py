@@ -173,6 +173,7 @@ def test_mean_is_over_seeds_then_categories_and_spread_over_the_seeds_means():
     summary = summarise(records, IMAGE_AUROC)
     assert summary.mean == pytest.approx((0.85 + 0.75) / 2)
     assert summary.spread == pytest.approx(math.sqrt(((0.7 - 0.8) ** 2 + (0.9 - 0.8) ** 2) / (2 - 1)))
+    assert summary.category_spread == pytest.approx(math.sqrt(((0.85 - 0.8) ** 2 + (0.75 - 0.8) ** 2) / (2 - 1)))
     assert summary.categories == {"a", "b"}
 
 
@@ -207,6 +208,7 @@ def test_categories_by_model_with_spread_mean_and_the_best_in_bold(tmp_path):
         ["a", "**85.0** ± 7.1", "**85.0**"],  # a tie at the precision shown
         ["b", "**75.0** ± 21.2", "74.0"],
         ["mean", "**80.0** ± 14.1", "79.5"],
+        ["spread", "7.1", "7.8"],
     ]
     assert column(tables["parts / Accuracy, means over 2 categories, %"], "image AUROC") == {
         "A": "**80.0** ± 14.1",
@@ -235,6 +237,7 @@ def test_a_mean_over_fewer_categories_says_so_and_is_not_the_best(tmp_path):
         ["a", "**99.0**", "70.0", "60.0", "n/a"],
         ["b", "failed", "**60.0**", "**60.0**", "10.0"],
         ["mean", "99.0 (1 of 2)", "**65.0**", "60.0", "10.0 (1 of 2)"],
+        ["spread", "n/a", "7.1", "0.0", "n/a"],
     ]
 
 
@@ -279,6 +282,7 @@ def test_data_without_masks_has_no_pixel_tables(tmp_path):
     assert [title for title in tables if title.startswith("parts")] == [
         "parts / Accuracy, %",
         "parts / Image AUROC by category, %",
+        "parts / Image F1 by category, %",
         "parts / Image AUROC by kind of defect, %",
         "parts / Cost",
     ]
@@ -322,12 +326,15 @@ def test_paper_by_category_and_its_mean_over_the_same_categories(tmp_path):
         ["bottle", "**90.0**", "100.0", "**90.0**", "99.9", "**90.0**"],
         ["cable", "**90.0**", "99.2", "**90.0**", "92.7", "**90.0**"],
         ["mean", "**90.0**", "99.6", "**90.0**", "96.3", "**90.0**"],
+        ["spread", "0.0", NO_FIGURE, "0.0", NO_FIGURE, "0.0"],
     ]
     assert column(tables["MVTecAD / AUPRO by category, %"], "PaDiM, paper") == {
         "bottle": "94.8",
         "cable": "88.8",
         "mean": "91.8",
+        "spread": NO_FIGURE,
     }
+    assert tables["MVTecAD / Image F1 by category, %"][0] == ["category", "DSKD", "PaDiM", "Mine"]  # not in the paper
     assert "means are over the categories that we have" in (tmp_path / "report.md").read_text()
 
 
@@ -514,11 +521,14 @@ def test_failures_alone_are_a_report_too(tmp_path):
 
 
 def test_csv_has_one_line_a_job_in_fractions_as_recorded(tmp_path):
-    write_report(write_run(tmp_path, done(image=0.123456789, aupro=None), failed("PaDiM", reason='a "b",\nc')))
+    kinds = {"Crack": {"images": 57, "image_AUROC": 0.75}}
+    first, second = done(image=0.123456789, aupro=None, classes=kinds), failed("PaDiM", reason='a "b",\nc')
+    write_report(write_run(tmp_path, first, second))
     text = (tmp_path / "results.csv").read_text()
     first, second = csv.DictReader(io.StringIO(text))
     assert (first["status"], first["image_AUROC_fraction"], first["AUPRO_fraction"]) == ("done", "0.123456789", "")
     assert (first["macs"], first["commit"], first["openvino_ms"]) == ("1540000000", "e090c33", "10.0")
+    assert json.loads(first["classes"]) == kinds
     assert json.loads(first["weights"])[0]["sha256"] == "ab" * 32
     assert (second["status"], second["reason"], second["macs"]) == ("failed", 'a "b",\nc', "")
     header = text.splitlines()[0].split(",")

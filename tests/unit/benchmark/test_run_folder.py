@@ -48,13 +48,32 @@ def test_a_broken_line_in_the_middle_is_named(tmp_path):
 
 
 def test_another_configuration_is_refused_with_what_differs(tmp_path):
-    with RunFolder(tmp_path, CONFIG):
-        pass
+    with RunFolder(tmp_path, CONFIG) as folder:
+        folder.append(record("1"))
     changed = CONFIG.replace("epochs: 3", "epochs: 4")
     with pytest.raises(ArgumentError, match=r"-epochs: 3\n\+epochs: 4\nGive another --run_folder"):
         RunFolder(tmp_path, changed).__enter__()
     with RunFolder(tmp_path, CONFIG):  # the refusal has left no lock behind
         pass
+
+
+def test_a_mistake_may_be_mended_while_nothing_is_done(tmp_path):
+    with RunFolder(tmp_path, CONFIG) as folder:
+        folder.keep_plan(jobs("a"))
+        folder.append(record("1", "failed"))
+    with RunFolder(tmp_path, "seeds:\n- 1\n") as folder:
+        folder.keep_plan(jobs("b"))
+    assert (tmp_path / "config.yaml").read_text() == "seeds:\n- 1\n"
+    assert read_results(tmp_path) == []
+    assert read_plan(tmp_path)[0]["weights"][0]["sha256"] == "b"
+
+
+def test_results_without_their_configuration_are_kept(tmp_path):
+    with RunFolder(tmp_path, CONFIG) as folder:
+        folder.append(record("1", "failed"))
+    (tmp_path / "config.yaml").unlink()
+    with RunFolder(tmp_path, CONFIG):
+        assert [result["job"] for result in read_results(tmp_path)] == ["1"]
 
 
 def test_a_configuration_is_written_whole_or_not_at_all(tmp_path, monkeypatch):
@@ -130,6 +149,7 @@ def test_all_jobs_are_written_down_before_the_first(tmp_path):
 def test_jobs_that_have_become_others_are_refused_with_what_has_changed(tmp_path):
     with RunFolder(tmp_path, CONFIG) as folder:
         folder.keep_plan(jobs("a"))
+        folder.append(record("1"))
         with pytest.raises(
             ArgumentError, match=r"of other jobs.*: Dskd: weights was .*'sha256': 'a'.* is .*'sha256': 'b'"
         ):

@@ -1,7 +1,10 @@
 import dataclasses
+from types import SimpleNamespace
 
 import numpy as np
 import pytest
+from anomalib.pre_processing import PreProcessor
+from torchvision.transforms.v2 import CenterCrop, Compose, Normalize, Resize
 
 from anomalib_dskd.benchmark import run_job
 from anomalib_dskd.benchmark.config import BenchmarkConfig, DatasetSpec, ModelSpec, expand
@@ -75,6 +78,19 @@ def test_every_model_gets_the_size_in_its_own_way(job, class_path, size_in):
 
 
 @pytest.mark.parametrize(
+    ("transforms", "notes"),
+    [
+        ([Resize((96, 96)), Normalize([0.0] * 3, [1.0] * 3)], []),
+        ([Resize(240), CenterCrop(224)], ["resizes images to 240 x 240, whatever size the benchmark asks for"]),
+    ],
+    ids=["its size", "another"],
+)
+def test_a_model_with_a_size_of_its_own_is_told(transforms, notes, job):
+    model = SimpleNamespace(pre_processor=PreProcessor(transform=Compose(transforms)))
+    assert run_job._notes(job, model, is_shared=False) == notes
+
+
+@pytest.mark.parametrize(
     ("class_path", "init_args", "message"),
     [
         ("anomalib.models.Padim", {"bckbone": "resnet18"}, "'anomalib.models.Padim' .* 'bckbone' is not accepted"),
@@ -142,6 +158,12 @@ def test_a_shared_training_gives_what_a_training_of_its_own_gives(arguments, tin
         (tmp_path / name).mkdir()
         records[name] = run_job.run_job(job, tmp_path / name, lambda *_: None, training)
     assert records["shared"]["training"] == records["whole"]["training"]
+    assert [record["notes"] for record in records.values()] == [
+        [],
+        ["trained together with another row: times and memory of the training are that row's"],
+        [],
+    ]
+    assert [weights["file"] for weights in records["shared"]["weights"]] == [f"{TEACHER}.safetensors"]
     assert records["shared"]["cost"]["trained_parameters"] == records["alone"]["cost"]["trained_parameters"] > 0
     assert records["shared"]["figures"] == pytest.approx(records["alone"]["figures"], abs=1e-6)
     maps = {name: np.load(tmp_path / name / "predictions.npz")["maps"] for name in records}
