@@ -41,4 +41,4 @@ class DivergedError(DskdError, ArithmeticError):
 
 
 class CheckpointError(DskdError, OSError):
-    """A checkpoint cannot be written."""
+    """A checkpoint cannot be written or read."""

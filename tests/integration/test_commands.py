@@ -13,7 +13,6 @@ from PIL import Image
 
 from anomalib_dskd import Afkd, Dskd, Dtgd, Tad, TextureDefects
 from anomalib_dskd.errors import DskdError
-from anomalib_dskd.models.distillation.arguments import meaning
 from tests.conftest import TEACHER
 
 CONFIGS = Path(__file__).parents[2] / "configs"
@@ -136,7 +135,7 @@ def test_every_models_config_builds_it_with_any_data(kind, magnetic_tile_root, t
     defaults = {name: value.default for name, value in inspect.signature(kind).parameters.items()}
     given = set(built) & set(defaults)
     assert {"teacher", "sigma", "learning_rate"} <= given
-    differ = {name for name in given if meaning(name, built) != meaning(name, defaults)}
+    differ = {name for name in given if kind.meaning_of(name, built) != kind.meaning_of(name, defaults)}
     assert differ == {"image_size", "seed"}
 
 

@@ -3,6 +3,9 @@
 import csv
 import os
 import random
+import re
+import shutil
+import signal
 import subprocess
 import sys
 import time
@@ -130,13 +133,18 @@ def test_a_kill_while_saving_leaves_the_checkpoint_before(fit, through, tmp_path
 @pytest.mark.slow
 def test_a_kill_at_any_moment_costs_no_more_than_an_epoch(fit, through, tmp_path):
     expected, seconds, _ = through
-    moments, reached = random.Random(0), set()
-    for kill in range(20):
-        folder = tmp_path / str(kill)
+    moments, reached, killed = random.Random(0), set(), 0
+    while killed < 20:
+        folder = tmp_path / str(killed)
         process = start(*fit, folder=folder)
         time.sleep(moments.uniform(0.1, 1) * seconds)
         process.kill()
         process.join()
+        if process.exitcode == 0:  # it was quicker this time
+            shutil.rmtree(folder)
+            continue
+        assert process.exitcode == -signal.SIGKILL
+        killed += 1
         reached.add(loaded(folder)["epoch"] if checkpoints(folder) else None)
         assert_same(go_on(fit, folder), expected)
     assert len(reached) > 3  # the last saved epochs, or none yet: kills are all over the training
@@ -186,6 +194,8 @@ def diverge_later() -> None:
 def test_a_training_that_diverges_leaves_the_checkpoint_before(fit, through, tmp_path):
     printed = run(*fit, folder=tmp_path, fails=True, prepare=diverge_later)
     assert "DivergedError: the loss is nan in batch 0 of epoch 2. The batch's images: " in printed
+    named = re.findall(r"exp1_num_\d\.jpg", printed.partition("The batch's images: ")[2])
+    assert len(set(named)) == 4
     assert loaded(tmp_path)["epoch"] == 1
     assert_same(go_on(fit, tmp_path), through[0])
 

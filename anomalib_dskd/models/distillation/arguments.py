@@ -13,7 +13,6 @@ from torch import nn
 from typing_extensions import Self
 
 from anomalib_dskd.arguments import check_choice, check_not_negative
-from anomalib_dskd.components.backbone import full_name
 from anomalib_dskd.errors import ArgumentError
 from anomalib_dskd.pre_processing import check_normalisation, create_pre_processor
 
@@ -36,7 +35,7 @@ DEFAULT_TEACHER = "resnet18.tv_in1k"  # section 4.1.2; timm's own default tag ha
 DEFAULT_IMAGE_SIZE = (256, 256)  # section 4.1.2, for MVTec AD and MVTec 3D-AD
 Schedule = Literal["constant", "one_cycle"]
 LARGEST_SEED = 2**32 - 1  # of NumPy's generator
-PRECISIONS = ("32-true", "64-true", "bf16-mixed", "16-mixed")
+PRECISIONS = ("32-true", "bf16-mixed", "16-mixed")  # anomalib's batches stay in 32 bits under 64-true
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -126,7 +125,10 @@ def check_trainer(trainer: Trainer) -> None:
         )
         raise ArgumentError(msg)
     if str(trainer.precision) not in PRECISIONS:
-        msg = f"precision {trainer.precision!r} is too coarse for the anomaly map. Legal are {', '.join(PRECISIONS)}."
+        msg = (
+            f"precision {trainer.precision!r} is too coarse for the anomaly map, or not that of the images. Legal are "
+            f"{', '.join(PRECISIONS)}."
+        )
         raise ArgumentError(msg)
 
 
@@ -178,16 +180,14 @@ def resolve_pre_processor(
 
 
 def meaning(name: str, arguments: Mapping[str, Any]) -> object:
-    """Make equal what is spelt differently: defaults, a square's side, lists and tuples, a backbone's default tag."""
+    """Make equal what is spelt differently: a square's side, lists and tuples."""
     value = arguments[name]
-    if name in {"teacher", "assistant"} and value is not None:
-        return full_name(value)
     if name == "image_size":
         return _size(value)
-    if name in {"map_layers", "assistant_layers"} and value is None:
-        value = arguments["layers"]
     return list(value) if isinstance(value, (list, tuple)) else value
 
 
 def _size(image_size: int | Sequence[int] | None) -> tuple[int, ...]:
-    return (image_size, image_size) if isinstance(image_size, int) else tuple(image_size or DEFAULT_IMAGE_SIZE)
+    if image_size is None:
+        return DEFAULT_IMAGE_SIZE
+    return (image_size, image_size) if isinstance(image_size, int) else tuple(image_size)

@@ -1,8 +1,10 @@
-"""Checkpoints that are written whole or not at all."""
+"""Checkpoints that are written whole or not at all, and read as data."""
 
 import contextlib
 import io
 import os
+import pickle
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
@@ -13,7 +15,7 @@ from lightning.pytorch.plugins.io import TorchCheckpointIO
 
 from anomalib_dskd.errors import CheckpointError
 
-__all__ = ["AtomicCheckpointIO", "save_atomically"]
+__all__ = ["AtomicCheckpointIO", "handle_checkpoints", "named_errors"]
 
 
 class AtomicCheckpointIO(AnomalibCheckpointIO):
@@ -37,6 +39,37 @@ class AtomicCheckpointIO(AnomalibCheckpointIO):
         content = io.BytesIO()  # torch's own writing to a full disk ends in errors that do not name it
         torch.save(checkpoint, content)
         _replace(Path(path), content.getbuffer())
+
+    def load_checkpoint(self, path: str | Path, *args: Any, **kwargs: Any) -> dict[str, Any]:  # noqa: ANN401 - Lightning's
+        """Read a checkpoint from a file, as anomalib does.
+
+        Raises:
+            CheckpointError: it is none, is damaged, or holds more than data.
+        """
+        with named_errors(path):
+            return super().load_checkpoint(path, *args, **kwargs)
+
+
+@contextlib.contextmanager
+def named_errors(path: str | Path) -> Iterator[None]:
+    """Name the checkpoint that torch cannot read; torch itself advises to run the code in it.
+
+    Raises:
+        CheckpointError: torch has refused it.
+    """
+    try:
+        yield
+    except pickle.UnpicklingError as error:
+        msg = (
+            f"the checkpoint '{path}' is damaged, or holds more than tensors and plain values, such as code, which was "
+            "not run. Give one that anomalib has written with this package, such as results/.../model.ckpt."
+        )
+        raise CheckpointError(msg) from error
+    except (EOFError, RuntimeError) as error:
+        if "zip archive" not in str(error) and not isinstance(error, EOFError):  # torch's own name for a torn file
+            raise
+        msg = f"the checkpoint '{path}' is damaged: {error or 'it ends too early'}. Give another, or copy it anew."
+        raise CheckpointError(msg) from error
 
 
 def _replace(path: Path, content: memoryview) -> None:
@@ -64,8 +97,8 @@ def _replace(path: Path, content: memoryview) -> None:
         raise CheckpointError(msg) from error
 
 
-def save_atomically(trainer: Trainer) -> None:
-    """Let a Trainer save with :class:`AtomicCheckpointIO`, unless it was given a way of its own."""
+def handle_checkpoints(trainer: Trainer) -> None:
+    """Let a Trainer save and load with :class:`AtomicCheckpointIO`, unless it was given a way of its own."""
     current = trainer.strategy.checkpoint_io
     if type(current) in {TorchCheckpointIO, AnomalibCheckpointIO}:
         trainer.strategy.checkpoint_io = AtomicCheckpointIO(getattr(current, "extra_safe_globals", ()))

@@ -3,6 +3,7 @@
 import logging
 from collections.abc import Sequence
 
+import torch
 from anomalib.data.transforms.utils import extract_transforms_by_type
 from anomalib.pre_processing import PreProcessor
 from torch import Tensor, nn
@@ -21,7 +22,7 @@ GRAY_LEVEL = 1 / 255 / 0.225  # after normalisation with ImageNet's deviation
 _told: set[str] = set()  # files that a warning has named
 
 
-def check_images(images: Tensor, pre_processor: nn.Module | None) -> None:
+def check_images(images: Tensor, pre_processor: nn.Module | None, *, dtype: torch.dtype = torch.float32) -> None:
     """Raise unless a tensor given in Python is a batch of colour images with values from 0 to 1.
 
     anomalib's readers see to this for files; a call of the model sees to nothing.
@@ -29,6 +30,7 @@ def check_images(images: Tensor, pre_processor: nn.Module | None) -> None:
     Args:
         images: what the model was called with.
         pre_processor: the model's. Without one, or with one that converts types, values and types are its caller's.
+        dtype: of the model's weights.
 
     Raises:
         ArgumentError: another shape, type or range, or values that are not finite.
@@ -41,6 +43,9 @@ def check_images(images: Tensor, pre_processor: nn.Module | None) -> None:
         return
     if not images.is_floating_point():
         msg = f"images of type {images.dtype}. {legal} For 8 bits: images.float() / 255."
+        raise ArgumentError(msg)
+    if images.dtype != dtype and not torch.is_autocast_enabled(images.device.type):
+        msg = f"images of type {images.dtype}, and a model of {dtype}. Give images.to({dtype})."
         raise ArgumentError(msg)
     low, high = (value.item() for value in images.aminmax())
     if not (low >= -ROUNDING and high <= 1 + ROUNDING):  # NaN is neither

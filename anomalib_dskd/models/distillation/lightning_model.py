@@ -1,8 +1,9 @@
 """What the detectors have in common as anomalib models: training, evaluation and export."""
 
+import logging
 import math
 from abc import abstractmethod
-from collections.abc import Callable, Iterator, Sized
+from collections.abc import Callable, Iterator, Mapping, Sized
 from contextlib import contextmanager
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, ClassVar, cast
@@ -20,7 +21,9 @@ from lightning.pytorch.trainer.states import TrainerFn
 from lightning.pytorch.utilities.types import OptimizerLRScheduler
 from torch import Tensor, nn
 from torch.utils.data import DataLoader
+from typing_extensions import Self
 
+from anomalib_dskd.components.backbone import full_name
 from anomalib_dskd.components.batch_norm import fresh_statistics
 from anomalib_dskd.components.feature_cache import FeatureCache
 from anomalib_dskd.data.arguments import check_names
@@ -40,7 +43,7 @@ from anomalib_dskd.models.distillation.arguments import (
     meaning,
     number_of_steps,
 )
-from anomalib_dskd.models.distillation.checkpoint import save_atomically
+from anomalib_dskd.models.distillation.checkpoint import handle_checkpoints, named_errors
 from anomalib_dskd.models.distillation.divergence import check_loss, check_weights
 from anomalib_dskd.models.distillation.images import check_images, warn_of_flat_images
 from anomalib_dskd.models.distillation.seeding import seed_epoch, start_loader_anew
@@ -51,6 +54,8 @@ from anomalib_dskd.quantization import calibration_images, quantize_file
 from anomalib_dskd.weights import find_teacher_weights
 
 __all__ = ["DistillationMixin"]
+
+logger = logging.getLogger(__name__)
 
 SPLITS = {
     TrainerFn.FITTING: ("train", "val"),
@@ -83,6 +88,10 @@ class DistillationMixin(Base):
     """Arguments that a trained model's results do not depend on any more."""
     map_only: ClassVar[frozenset[str]] = frozenset({"sigma"})
     """Arguments that the training does not depend on: a benchmark trains once for models that differ in these alone."""
+    backbones: ClassVar[frozenset[str]] = frozenset({"teacher"})
+    """Arguments that name a timm model."""
+    like_layers: ClassVar[frozenset[str]] = frozenset()
+    """Arguments that mean ``layers`` if they are not given."""
     training_parts: ClassVar[tuple[str, ...]] = ()
     """Attributes beside :attr:`model` that training alone needs: no export holds them."""
 
@@ -108,8 +117,8 @@ class DistillationMixin(Base):
             check_data_files(data, SPLITS[TrainerFn(stage)])
             if stage == TrainerFn.FITTING:
                 cache_training_images(data, memory=self.options.image_cache)
+        handle_checkpoints(self.trainer)
         if stage == TrainerFn.FITTING:
-            save_atomically(self.trainer)
             # faster on CPUs with bfloat16 units; now, because several processes exchange gradients as the weights lie
             for trained in self._trained_modules():
                 trained.to(memory_format=torch.channels_last)
@@ -273,7 +282,7 @@ class DistillationMixin(Base):
             ArgumentError: another shape, type or range, or the model is in training mode.
         """
         if not torch.compiler.is_exporting():
-            check_images(batch, self.pre_processor)
+            check_images(batch, self.pre_processor, dtype=next(self.parameters()).dtype)
             if self.training:
                 msg = f"this {self.name} is in training mode: call .eval() first, or use anomalib's Engine."
                 raise ArgumentError(msg)
@@ -308,18 +317,18 @@ class DistillationMixin(Base):
 
     def on_predict_start(self) -> None:
         """Refuse to predict before training, or from images that are not read as they are."""
-        self._require_training("predict")
+        self._require_thresholds("predict")
         check_headers(dataset_paths(self.trainer.predict_dataloaders))  # before they are decoded
 
     def to_torch(self, *args: Any, **kwargs: Any) -> Path:  # noqa: ANN401 - passed on
         """Export as anomalib does, once trained."""
-        self._require_training("export")
+        self._require_thresholds("export")
         with self._without_training_parts():
             return super().to_torch(*args, **kwargs)
 
     def to_onnx(self, *args: Any, **kwargs: Any) -> Path:  # type: ignore[override] # noqa: ANN401 - passed on
         """Export as anomalib does, once trained; OpenVINO goes through here too."""
-        self._require_training("export")
+        self._require_thresholds("export")
         kwargs.setdefault("opset_version", ONNX_OPSET)
         with self._without_training_parts():
             return super().to_onnx(*args, **kwargs)
@@ -375,12 +384,37 @@ class DistillationMixin(Base):
     def _require_training(self, purpose: str) -> None:
         if not self.model.is_trained:
             msg = (
-                f"cannot {purpose}: this {self.name} has not been trained, its scores would be random. Give a trained "
-                f"model with --ckpt_path (`anomalib {purpose} ... --ckpt_path results/.../model.ckpt`), or train first."
+                f"cannot {purpose}: what scores images has not been trained in this {self.name}, its scores would be "
+                f"random. Give a trained model with --ckpt_path (`anomalib {purpose} ... --ckpt_path "
+                "results/.../model.ckpt`), or train it, to the end."
             )
             raise NotTrainedError(msg)
 
+    def _require_thresholds(self, purpose: str) -> None:
+        """Raise unless the model is trained; warn if no validation has said what is defective."""
+        self._require_training(purpose)
+        post_processor = self.post_processor
+        if not isinstance(post_processor, PostProcessor) or not post_processor.enable_thresholding:
+            return
+        if post_processor.image_threshold.isnan():
+            logger.warning(
+                "no validation has set thresholds of this %s: scores are not normalised, and labels mean nothing. "
+                "Train with a validation at the end (limit_val_batches above 0).",
+                self.name,
+            )
+
     # --- anomalib's contract ------------------------------------------------------------------------------------
+
+    @classmethod
+    def load_from_checkpoint(cls, checkpoint_path: str | Path, *args: Any, **kwargs: Any) -> Self:  # type: ignore[override] # noqa: ANN401 - passed on
+        """Load a model as anomalib does; arguments may be those that results do not depend on.
+
+        Raises:
+            CheckpointError: the file is no checkpoint, is damaged, or holds more than data.
+            ArgumentError: an argument differs that results depend on.
+        """
+        with named_errors(checkpoint_path):
+            return cast("Self", super().load_from_checkpoint(checkpoint_path, *args, **kwargs))
 
     def on_save_checkpoint(self, checkpoint: dict[str, Any]) -> None:
         """Save as anomalib does, but no weights that are not finite: they would take a good checkpoint's place.
@@ -410,20 +444,17 @@ class DistillationMixin(Base):
             self._go_on(checkpoint)
 
     @property
-    def has_planned_end(self) -> bool:
-        """Whether what happens in an epoch depends on how many there will be."""
-        return self.options.schedule != "constant"
+    def planned(self) -> frozenset[str]:
+        """Arguments by which what happens in an epoch depends on how many there will be; empty if it does not."""
+        return frozenset() if self.options.schedule == "constant" else frozenset({"learning_rate", "schedule"})
 
     def _go_on(self, checkpoint: dict[str, Any]) -> None:
         """Go on with a training, with this model's learning rate, betas and weight decay where they may be changed."""
         trained = checkpoint.get("hyper_parameters", {})
-        planned = {"schedule": trained.get("schedule", self.options.schedule)}
-        given: dict[str, Any] = {"schedule": self.options.schedule}
-        if self.has_planned_end and OURS in checkpoint:
+        given: dict[str, Any] = {name: self.hparams[name] for name in sorted({"schedule"} | self.planned)}
+        planned = {name: trained.get(name, value) for name, value in given.items()}
+        if self.planned and OURS in checkpoint:
             planned["max_epochs"], given["max_epochs"] = checkpoint[OURS]["max_epochs"], self.trainer.max_epochs
-        if self.options.schedule != "constant":
-            planned["learning_rate"] = trained.get("learning_rate", self.options.learning_rate)
-            given["learning_rate"] = self.options.learning_rate
         if planned.get("max_epochs") == -1:
             msg = "the checkpoint's training was planned by max_steps alone, and cannot be resumed: start anew."
             raise ArgumentError(msg)
@@ -441,7 +472,7 @@ class DistillationMixin(Base):
         trained = checkpoint.get(OURS, {}).get("arguments") or checkpoint.get("hyper_parameters", {})
         built = dict(self.hparams)
         names = [name for name in trained if name in built and name not in self.training_only]
-        changed = [name for name in names if meaning(name, trained) != meaning(name, built)]
+        changed = [name for name in names if self.meaning_of(name, trained) != self.meaning_of(name, built)]
         if changed:
             listed = "; ".join(f"{name}: {trained[name]!r} there, {built[name]!r} here" for name in changed)
             msg = (
@@ -449,6 +480,14 @@ class DistillationMixin(Base):
                 f"or use {self.name}.load_from_checkpoint(path) without any, which takes them from the checkpoint."
             )
             raise ArgumentError(msg)
+
+    @classmethod
+    def meaning_of(cls, name: str, arguments: Mapping[str, Any]) -> object:
+        """Make equal what is spelt differently: defaults, a backbone's default tag, what else :func:`meaning` does."""
+        value = arguments[name]
+        if name in cls.backbones and value is not None:
+            return full_name(value)
+        return meaning("layers" if name in cls.like_layers and value is None else name, arguments)
 
     @property
     def trainer_arguments(self) -> dict[str, Any]:

@@ -90,6 +90,7 @@ class Dskd(DistillationMixin, AnomalibModule):
     model: DskdModel
     training_only: ClassVar[frozenset[str]] = DistillationMixin.training_only | {"embedding_gradient"}
     map_only: ClassVar[frozenset[str]] = DistillationMixin.map_only | {"map_layers", "map_pair"}
+    like_layers: ClassVar[frozenset[str]] = frozenset({"map_layers"})
 
     def __init__(
         self,

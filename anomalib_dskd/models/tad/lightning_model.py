@@ -1,5 +1,7 @@
 """TAD++ as an anomalib model."""
 
+import logging
+import math
 from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Any, ClassVar, Literal
@@ -33,6 +35,8 @@ from anomalib_dskd.models.tad.torch_model import TadModel
 from anomalib_dskd.pre_processing import normalisation
 
 __all__ = ["Tad", "is_assistants_epoch"]
+
+logger = logging.getLogger(__name__)
 
 Guidance = Literal["learned", "equal"]
 
@@ -87,7 +91,7 @@ class Tad(DistillationMixin, AnomalibModule):
         sigma: standard deviation of the map's blur in pixels; 0 for none. Default, our choice: 4, DSKD's.
         learning_rate: of Adam; with ``one_cycle`` its peak. Default, our choice: 0.001, DSKD's.
         schedule: ``constant``, or ``one_cycle``: up to ``learning_rate`` over the first 30 % of the steps, then down to
-            nearly nothing. Default, our choice: constant, as in DSKD.
+            nearly nothing, across both phases. Default, our choice: constant, as in DSKD.
         betas: of Adam. Default, our choice: (0.5, 0.999), DSKD's.
         weight_decay: of Adam. Default: 0; the abstract gives none.
         batch_norm_images: training images from which the batch-norm statistics are estimated anew before each
@@ -122,6 +126,8 @@ class Tad(DistillationMixin, AnomalibModule):
         "entropy_weight",
         "inverse_weight",
     }
+    backbones: ClassVar[frozenset[str]] = DistillationMixin.backbones | {"assistant"}
+    like_layers: ClassVar[frozenset[str]] = frozenset({"assistant_layers"})
     training_parts: ClassVar[tuple[str, ...]] = ("assistant", "attention", "pseudo_defects")
 
     def __init__(
@@ -182,9 +188,9 @@ class Tad(DistillationMixin, AnomalibModule):
     # --- phases -------------------------------------------------------------------------------------------------
 
     @property
-    def has_planned_end(self) -> bool:
-        """Whether what happens in an epoch depends on how many there will be, as the phases do."""
-        return self.assistant is not None or super().has_planned_end
+    def planned(self) -> frozenset[str]:
+        """Arguments by which what happens in an epoch depends on how many there will be, as the phases do."""
+        return super().planned | ({"assistant_share"} if self.assistant is not None else set())
 
     @property
     def is_assistants_phase(self) -> bool:
@@ -196,15 +202,36 @@ class Tad(DistillationMixin, AnomalibModule):
     def on_fit_start(self) -> None:
         """Refuse a training in which the student would have no epoch."""
         epochs = self.trainer.max_epochs or 0
-        has_no_end = epochs < 1 or is_assistants_epoch(epochs - 1, epochs, self.assistant_share)
-        if self.assistant is not None and has_no_end:
+        self._check_students_share(epochs - 1, f"max_epochs {self.trainer.max_epochs}")
+        super().on_fit_start()
+
+    def on_train_start(self) -> None:
+        """Refuse a training that ends by its number of steps before the student's first epoch."""
+        super().on_train_start()
+        steps, trainer = self.trainer.max_steps, self.trainer
+        if steps > 0:
+            an_epoch = math.ceil(trainer.num_training_batches / trainer.accumulate_grad_batches)
+            self._check_students_share((steps - 1) // an_epoch, f"max_steps {steps}")
+
+    def _check_students_share(self, last_epoch: int, what: str) -> None:
+        epochs = self.trainer.max_epochs or 0
+        has_none = epochs < 1 or is_assistants_epoch(min(last_epoch, epochs - 1), epochs, self.assistant_share)
+        if self.assistant is not None and has_none:
             msg = (
-                f"max_epochs {self.trainer.max_epochs} with assistant_share {self.assistant_share} has no end, or "
-                "no epoch for the student: give --trainer.max_epochs, at least 2, a smaller assistant_share, or "
-                "assistant null."
+                f"{what} with assistant_share {self.assistant_share} has no end, or no epoch for the student: give "
+                "--trainer.max_epochs, at least 2, a smaller assistant_share, or assistant null."
             )
             raise ArgumentError(msg)
-        super().on_fit_start()
+
+    def on_train_end(self) -> None:
+        """Warn if training was stopped before the student's first epoch, as a callback may do."""
+        super().on_train_end()
+        if self.assistant is not None and not self.model.is_trained:
+            logger.warning(
+                "training has stopped while the assistant was still learning: the student has learnt nothing, and "
+                "there are no results. Figures do not change in that time: let an EarlyStopping wait longer "
+                "(patience), give a smaller assistant_share, or go on from the checkpoint."
+            )
 
     def on_train_epoch_start(self) -> None:
         """Freeze the assistant once it has learnt, with batch-norm statistics of its last weights."""

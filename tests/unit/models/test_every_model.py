@@ -143,14 +143,14 @@ def test_test_predict_and_resume_without_weights_file(trained, magnetic_tile_roo
         tested, predicting, resumed = (build(type(model), "gone.safetensors") for _ in range(3))
         (figures,) = engine(tmp_path / "test").test(tested, datamodule=data, ckpt_path=checkpoint)
         predictions = engine(tmp_path / "predict").predict(predicting, datamodule=data, ckpt_path=checkpoint)
-        if not resumed.has_planned_end:
+        if not resumed.planned:
             engine(tmp_path / "resume", max_epochs=3).fit(resumed, datamodule=data, ckpt_path=checkpoint)
     assert set(figures) == {"image_AUROC", "image_F1Score", "pixel_AUROC", "pixel_F1Score", "pixel_AUPRO"}
     scores = torch.cat([batch.pred_score for batch in predictions])
     assert len(scores) == 12
     assert scores.isfinite().all()
     assert len(scores.unique()) > 1
-    assert resumed.has_planned_end or resumed.current_epoch == 3
+    assert resumed.planned or resumed.current_epoch == 3
 
 
 class StopInThirdEpoch(Callback):
@@ -194,7 +194,10 @@ def test_no_result_before_training(kind, magnetic_tile_root, teacher_weights, tm
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")
         for purpose in ("test", "validate"):
-            with pytest.raises(NotTrainedError, match=f"cannot {purpose}: this {kind.__name__} has not been trained"):
+            with pytest.raises(
+                NotTrainedError,
+                match=f"cannot {purpose}: what scores images has not been trained in this {kind.__name__}",
+            ):
                 getattr(engine(tmp_path), purpose)(model, datamodule=MagneticTile(magnetic_tile_root))
     with pytest.raises(NotTrainedError, match="cannot export"):
         model.to_onnx(tmp_path)

@@ -8,7 +8,7 @@ from lightning import Trainer
 from lightning.pytorch.plugins.io import AsyncCheckpointIO, TorchCheckpointIO
 
 from anomalib_dskd.errors import CheckpointError
-from anomalib_dskd.models.distillation.checkpoint import AtomicCheckpointIO, save_atomically
+from anomalib_dskd.models.distillation.checkpoint import AtomicCheckpointIO, handle_checkpoints
 
 
 def contents(folder: Path) -> dict[str, bytes]:
@@ -69,7 +69,7 @@ def test_addresses_are_left_to_lightning(tmp_path):
 )
 def test_a_users_own_way_of_saving_is_left_alone(given, used):
     trainer = Trainer(accelerator="cpu", logger=False, plugins=[given])
-    save_atomically(trainer)
+    handle_checkpoints(trainer)
     assert type(trainer.strategy.checkpoint_io) is used
     if isinstance(given, AnomalibCheckpointIO):
         assert trainer.strategy.checkpoint_io.extra_safe_globals == [Path]

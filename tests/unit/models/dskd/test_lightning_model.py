@@ -99,6 +99,18 @@ def test_schedule_sets_the_rate_of_every_step(schedule, rates, magnetic_tile_roo
     assert {betas for _, betas in seen} == {(0.5, 0.999)}
 
 
+def test_mixed_precision_trains_and_gives_finite_results(magnetic_tile_root, teacher_weights, tmp_path):
+    model = Dskd(teacher=TEACHER, teacher_weights=teacher_weights, image_size=64, sigma=2.0, seed=0, visualizer=False)
+    data = MagneticTile(magnetic_tile_root, train_batch_size=4)
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")
+        trainer = engine(tmp_path, max_epochs=1, precision="bf16-mixed")
+        trainer.fit(model, datamodule=data)
+        (figures,) = trainer.test(model, datamodule=data, verbose=False)
+    assert all(0 <= value <= 1 for value in figures.values())
+    assert model.post_processor.image_threshold > 0
+
+
 @pytest.mark.parametrize(("precision", "fused"), [("32-true", True), ("bf16-mixed", False)])
 def test_gradients_can_be_clipped_in_every_precision(precision, fused, magnetic_tile_root, teacher_weights, tmp_path):
     norms = []
@@ -419,6 +431,7 @@ def test_arguments_of_the_same_meaning_pass_for_the_same(trained, magnetic_tile_
         ({"max_epochs": 3, "check_val_every_n_epoch": 2}, "max_epochs 3 is no multiple of check_val_every_n_epoch 2"),
         ({"max_steps": 1}, "max_steps 1 is no multiple of the 2 steps from one validation to the next"),
         ({"max_steps": 2, "check_val_every_n_epoch": 2}, "max_steps 2 is no multiple of the 4 steps"),
+        ({"max_epochs": 1, "precision": "64-true"}, "precision '64-true' is .* not that of the images"),
         ({"max_epochs": 1, "precision": "bf16-true"}, "precision 'bf16-true' is too coarse .* Legal are 32-true"),
     ],
 )

@@ -139,6 +139,18 @@ def test_phases_are_not_moved_by_another_end(magnetic_tile_root, teacher_weights
     checkpoint = next(tmp_path.rglob("model.ckpt"))
     with pytest.raises(ArgumentError, match="planned with other arguments: max_epochs: 2 there, 9 here"):
         fit(build(teacher_weights), magnetic_tile_root, tmp_path / "on", checkpoint=checkpoint, max_epochs=9)
+    with pytest.raises(ArgumentError, match="planned with other arguments: assistant_share: 0.3 there, 0.4 here"):
+        fit(
+            build(teacher_weights, assistant_share=0.4),
+            *(magnetic_tile_root, tmp_path / "share"),
+            checkpoint=checkpoint,
+            max_epochs=2,
+        )
+
+
+def test_a_stop_in_the_assistants_phase_is_told(magnetic_tile_root, teacher_weights, tmp_path, caplog):
+    fit(build(teacher_weights), magnetic_tile_root, tmp_path, max_epochs=4, callbacks=[Record(last=0)])
+    assert "stopped while the assistant was still learning" in caplog.text
 
 
 def test_a_checkpoint_of_the_assistants_phase_gives_no_results(magnetic_tile_root, teacher_weights, tmp_path):
@@ -146,12 +158,18 @@ def test_a_checkpoint_of_the_assistants_phase_gives_no_results(magnetic_tile_roo
     model = Tad.load_from_checkpoint(next(tmp_path.rglob("model.ckpt")), evaluator=False)
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")
-        with pytest.raises(NotTrainedError, match="cannot test: this Tad has not been trained"):
+        with pytest.raises(NotTrainedError, match="cannot test: what scores images has not been trained in this Tad"):
             engine(tmp_path / "test").test(model, datamodule=MagneticTile(magnetic_tile_root))
 
 
 @pytest.mark.parametrize(
-    ("trainer", "share"), [({"max_epochs": 1}, 0.3), ({"max_epochs": 4}, 0.9), ({"max_steps": 4}, 0.3)]
+    ("trainer", "share"),
+    [
+        ({"max_epochs": 1}, 0.3),
+        ({"max_epochs": 4}, 0.9),
+        ({"max_steps": 4}, 0.3),
+        ({"max_epochs": 10, "max_steps": 4}, 0.3),  # two epochs, where the assistant has three
+    ],
 )
 def test_a_training_without_an_epoch_for_the_student_is_refused(
     trainer, share, magnetic_tile_root, teacher_weights, tmp_path
