@@ -20,6 +20,7 @@ import torch
 from hypothesis import settings
 from PIL import Image
 from safetensors.torch import save_file
+from scipy.ndimage import label as connected_regions
 
 from anomalib_dskd import Dskd
 
@@ -67,6 +68,22 @@ def write_bomb(path: Path, width: int, height: int) -> Path:
         b"\x89PNG\r\n\x1a\n" + png_chunk(b"IHDR", header) + png_chunk(b"IDAT", packed) + png_chunk(b"IEND", b"")
     )
     return path
+
+
+def plain_aupro(maps: np.ndarray, masks: np.ndarray, limit: float = 0.3) -> float:
+    """Area under mean region overlap over false positive rate, threshold by threshold, up to ``limit``."""
+    regions = []
+    for index, mask in enumerate(masks):
+        labels, count = connected_regions(mask, structure=np.ones((3, 3)))
+        regions += [(index, labels == number + 1) for number in range(count)]
+    rates, overlaps = [0.0], [0.0]
+    for threshold in np.unique(maps)[::-1]:
+        hit = maps >= threshold
+        rates.append(hit[masks == 0].mean())
+        overlaps.append(np.mean([hit[index][region].mean() for index, region in regions]))
+    at_limit = np.interp(limit, rates, overlaps)
+    kept = [(r, o) for r, o in zip(rates, overlaps, strict=True) if r < limit] + [(limit, at_limit)]
+    return float(np.trapezoid([o for _, o in kept], [r for r, _ in kept]) / limit)
 
 
 @pytest.fixture(scope="session")

@@ -139,6 +139,22 @@ def test_every_models_config_builds_it_with_any_data(kind, magnetic_tile_root, t
     assert differ == {"image_size", "seed"}
 
 
+@pytest.mark.slow
+@pytest.mark.parametrize("kind", [Afkd, Dtgd, Tad], ids=lambda kind: kind.__name__)
+def test_siblings_are_trained_tested_predicted_with_and_exported(kind, model_arguments, magnetic_tile_root, tmp_path):
+    more = ["--model.assistant", "test_efficientnet"] if kind is Tad else []
+    model = ["--model", f"anomalib_dskd.{kind.__name__}", *model_arguments[2:], *more]
+    data = ["--data", "anomalib_dskd.MagneticTile", "--data.root", magnetic_tile_root]
+    trained = anomalib("train", *model, *data, "--trainer.max_epochs", "2", *QUIET, folder=tmp_path)
+    checkpoint = ["--ckpt_path", next(tmp_path.rglob("model.ckpt"))]
+    tested = anomalib("test", *model, *data, *checkpoint, *QUIET, folder=tmp_path)
+    assert all("pixel_AUPRO" in output for output in (trained, tested))
+    pictures = ["--data", magnetic_tile_root / "MT_Crack" / "Imgs" / "exp1_num_0.jpg"]
+    anomalib("predict", *model, *pictures, *checkpoint, *QUIET, folder=tmp_path)
+    anomalib("export", *model, "--export_type", "openvino", *checkpoint, folder=tmp_path)
+    assert len(list(tmp_path.rglob("model.xml"))) == 1
+
+
 @pytest.mark.parametrize(
     ("extra", "message"),
     [

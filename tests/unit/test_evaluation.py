@@ -4,28 +4,12 @@ import torch
 from anomalib.data import ImageBatch, InferenceBatch
 from anomalib.metrics import AUROC
 from anomalib.post_processing import PostProcessor
-from scipy.ndimage import label as connected_regions
 from sklearn.metrics import roc_auc_score
 
 from anomalib_dskd.evaluation import RawScoreEvaluator, keep_raw_scores
+from tests.conftest import plain_aupro
 
 LARGEST = 6.6
-
-
-def plain_aupro(maps: np.ndarray, masks: np.ndarray, limit: float = 0.3) -> float:
-    """Area under mean region overlap over false positive rate, threshold by threshold, up to ``limit``."""
-    regions = []
-    for index, mask in enumerate(masks):
-        labels, count = connected_regions(mask, structure=np.ones((3, 3)))
-        regions += [(index, labels == number + 1) for number in range(count)]
-    rates, overlaps = [0.0], [0.0]
-    for threshold in np.unique(maps)[::-1]:
-        hit = maps >= threshold
-        rates.append(hit[masks == 0].mean())
-        overlaps.append(np.mean([hit[index][region].mean() for index, region in regions]))
-    at_limit = np.interp(limit, rates, overlaps)
-    kept = [(r, o) for r, o in zip(rates, overlaps, strict=True) if r < limit] + [(limit, at_limit)]
-    return float(np.trapezoid([o for _, o in kept], [r for r, _ in kept]) / limit)
 
 
 @pytest.fixture

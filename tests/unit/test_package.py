@@ -15,7 +15,7 @@ ALLOWED = {  # what may import what; `errors` and `arguments` may be imported by
     "evaluation": set(),
     "post_processing": set(),
     "pre_processing": set(),
-    "quantization": set(),
+    "quantization": {"components"},
     "models": {
         "components",
         "data",

@@ -1,4 +1,5 @@
 import dataclasses
+import multiprocessing
 from types import SimpleNamespace
 
 import numpy as np
@@ -7,10 +8,11 @@ from anomalib.pre_processing import PreProcessor
 from torchvision.transforms.v2 import CenterCrop, Compose, Normalize, Resize
 
 from anomalib_dskd.benchmark import run_job
-from anomalib_dskd.benchmark.config import BenchmarkConfig, DatasetSpec, ModelSpec, expand
+from anomalib_dskd.benchmark.config import BenchmarkConfig, DatasetSpec, ModelSpec, Task, expand
 from anomalib_dskd.benchmark.machine import machine
 from anomalib_dskd.benchmark.run_benchmark import _tasks
 from anomalib_dskd.benchmark.run_folder import RunFolder
+from anomalib_dskd.benchmark.runners import LocalRunner
 from anomalib_dskd.errors import ArgumentError
 from tests.conftest import TEACHER
 
@@ -169,6 +171,30 @@ def test_a_shared_training_gives_what_a_training_of_its_own_gives(arguments, tin
     maps = {name: np.load(tmp_path / name / "predictions.npz")["maps"] for name in records}
     np.testing.assert_allclose(maps["shared"], maps["alone"], atol=1e-3)  # they are kept in 16 bits
     assert np.abs(maps["shared"] - maps["whole"]).max() > 5e-3
+
+
+@pytest.mark.parametrize(
+    ("kind", "arguments"),
+    [("Afkd", {"fusion": "equal"}), ("Dtgd", {"gate": False}), ("Tad", {"assistant": "test_efficientnet"})],
+)
+@pytest.mark.filterwarnings("ignore")  # the libraries' own
+def test_siblings_have_figures_too(kind, arguments, tiny_job, tmp_path):
+    job = dataclasses.replace(with_arguments(tiny_job, **arguments), class_path=f"anomalib_dskd.{kind}", epochs=2)
+    record = run_job.run_job(job, tmp_path, lambda *_: None)
+    assert (record["status"], record["training"]["epochs"], record["notes"]) == ("done", 2, [])
+    assert all(0 <= value <= 1 for value in record["figures"].values())
+    assert [weights["name"] for weights in record["weights"]] == [TEACHER.partition(".")[0]]
+
+
+def test_a_job_whose_process_dies_is_a_failed_row(tiny_job, tmp_path):
+    def kill(_job, _fraction, text):
+        if text.startswith("epoch"):
+            for process in multiprocessing.active_children():
+                process.kill()
+
+    record = LocalRunner({}, kill).run_one(Task(tiny_job, tmp_path))
+    assert record["status"] == "failed"
+    assert "was killed by signal 9" in record["reason"]
 
 
 @pytest.mark.slow

@@ -5,6 +5,7 @@ from scipy.ndimage import gaussian_filter
 
 from anomalib_dskd.components.anomaly_map import AnomalyMapGenerator, anomaly_score, sum_of_levels
 from anomalib_dskd.components.discrepancy import discrepancy
+from anomalib_dskd.models.dskd.loss import DskdLoss
 
 
 def pyramid(seed: int) -> list[torch.Tensor]:
@@ -68,3 +69,24 @@ def test_the_blur_is_nothing_learnt():
         {"blur.0.kernel": torch.zeros(1), "blur.1.kernel": torch.zeros(1)}
     )  # of older checkpoints
     assert generator.blur[0].kernel.sum() == pytest.approx(1)
+
+
+def test_defaults_are_the_papers():
+    generator = AnomalyMapGenerator()  # lambda: section 4.1.2, sigma: Eq. (9)
+    assert (generator.l2_weight, generator.kernel_size) == (0.1, AnomalyMapGenerator(sigma=4.0).kernel_size)
+    assert DskdLoss().l2_weight == 0.1
+
+
+@pytest.mark.parametrize(("sigma", "margin"), [(0.0, 0), (1.0, 4), (4.0, 16)])
+def test_margin_is_the_reach_of_the_blur_which_is_cut_off_at_four_deviations(sigma, margin):
+    generator, size = AnomalyMapGenerator(l2_weight=0.0, sigma=sigma), 48
+    assert generator.margin == margin
+    impulse = torch.zeros(1, 1, size, size)
+    impulse[..., size // 2, size // 2] = 1
+    rows = generator.blur(impulse)[0, 0].amax(dim=1).nonzero().flatten()
+    assert (rows.min(), rows.max()) == (size // 2 - margin, size // 2 + margin)
+
+
+def test_pyramids_of_unequal_height_are_refused():
+    with pytest.raises(ValueError, match="shorter"):
+        AnomalyMapGenerator(sigma=1.0)(pyramid(0), pyramid(1)[:1], (16, 16))

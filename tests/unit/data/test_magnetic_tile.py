@@ -254,9 +254,14 @@ def test_train_and_test_loaders_give_every_image_once(magnetic_tile_root, mode):
         assert sorted(paths) == sorted(dataset.samples.image_path)
 
 
-@pytest.mark.parametrize("mode", ["none", "from_dir", "sideways"])
-def test_validation_without_images_is_refused(magnetic_tile_root, mode):
-    with pytest.raises(ArgumentError, match=f"val_split_mode '{mode}' .* Legal are .'same_as_test', 'from_train'"):
+@pytest.mark.parametrize(
+    ("mode", "why"),
+    [("none", "gives no validation images"), ("from_dir", "has no folder here"), ("sideways", "is unknown")],
+)
+def test_validation_without_images_is_refused(magnetic_tile_root, mode, why):
+    with pytest.raises(
+        ArgumentError, match=f"val_split_mode '{mode}' .*{why}.* Legal are .'same_as_test', 'from_train'"
+    ):
         MagneticTile(magnetic_tile_root, val_split_mode=mode)
 
 
