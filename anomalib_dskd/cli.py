@@ -27,8 +27,14 @@ __all__ = ["main"]
 NOT_IN_RESULTS = ("run_folder", "runner", "ray_address", "cpus", "gpus", "config")
 """What may change between the first run of a benchmark and its continuation."""
 OF_TRAINING = (
-    *("model", "trainer", "logging", "default_root_dir", "seed_everything", "ckpt_path"),
-    *("optimizer", "lr_scheduler"),
+    "model",
+    "trainer",
+    "optimizer",
+    "lr_scheduler",
+    "logging",
+    "default_root_dir",
+    "seed_everything",
+    "ckpt_path",
 )
 """What a configuration of ``anomalib train`` has beside the data."""
 MOST_NAMED = 3  # files named in a row of a table

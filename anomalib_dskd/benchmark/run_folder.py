@@ -88,10 +88,10 @@ class RunFolder:
         """
         plan = [{"job": job.id, **json.loads(json.dumps(asdict(job), default=str))} for job in jobs]
         before = read_plan(self.path)
-        if before is None or not self.finished():
-            _write_whole(self.path / PLAN, json.dumps(plan, indent=1))
+        has_changed = before is None or [job["job"] for job in before] != [job["job"] for job in plan]
+        if not has_changed:
             return
-        if [job["job"] for job in before] != [job["job"] for job in plan]:
+        if before is not None and self.finished():
             changes = (
                 f"{new['model']}: {name} was {old.get(name)}, is {new.get(name)}"
                 for old, new in zip(before, plan, strict=False)
@@ -106,6 +106,9 @@ class RunFolder:
                 f"{changed}. Give another --run_folder, or restore what has changed."
             )
             raise ArgumentError(msg)
+        if before is not None:
+            (self.path / RESULTS).unlink(missing_ok=True)  # failures of jobs that are not meant any more
+        _write_whole(self.path / PLAN, json.dumps(plan, indent=1))
 
     def drop_trainings(self) -> None:
         """Delete the trained weights that jobs have shared: none needs them any more."""
@@ -143,10 +146,7 @@ class RunFolder:
     def _keep_config(self) -> None:
         kept = self.path / CONFIG
         before = kept.read_text(encoding="utf-8") if kept.is_file() else None
-        if before is None:
-            _write_whole(kept, self.config)
-        elif before != self.config and not self.finished():  # such as one with a mistake that is mended
-            (self.path / RESULTS).unlink(missing_ok=True)  # its failures
+        if before is None or (before != self.config and not self.finished()):
             _write_whole(kept, self.config)
         elif before != self.config:
             changes = difflib.unified_diff(before.splitlines(), self.config.splitlines(), lineterm="", n=0)

@@ -13,13 +13,11 @@ from typing import Any
 
 import torch
 from anomalib.data import AnomalibDataModule
-from anomalib.data.transforms.utils import extract_transforms_by_type
 from anomalib.deploy import CompressionType
 from anomalib.engine import Engine
 from anomalib.models.components import AnomalibModule
 from jsonargparse import ArgumentParser
 from lightning import Callback, LightningModule, Trainer, seed_everything
-from torchvision.transforms.v2 import Resize
 
 from anomalib_dskd.benchmark.config import OWN, Job
 from anomalib_dskd.benchmark.machine import machine
@@ -283,15 +281,18 @@ def _test(job: Job, model: AnomalibModule, data: AnomalibDataModule, recorder: C
 
 
 def _weights(job: Job, model: AnomalibModule) -> list[dict[str, str]]:
-    """Return the pretrained weights that a model has: those that the job gives to its backbones, or else its own."""
-    configs = [getattr(module, "pretrained_cfg", None) for module in model.modules()]  # timm's
-    used = {config["architecture"] for config in configs if isinstance(config, dict) and "architecture" in config}
-    given = [weights for weights in job.weights if weights["name"] in used]
+    """Return the pretrained weights that a model has, as far as they are known.
+
+    One of this package knows its teacher's; of another, all its timm networks count as pretrained.
+    """
     teacher = getattr(getattr(model, "model", None), "teacher", None)
     origin = getattr(teacher, "weights_origin", None)
-    if given or teacher is None or not origin:
-        return given
-    return [{"name": str(teacher.backbone.name).partition(".")[0], **origin}]
+    if teacher is not None and origin:
+        name = str(teacher.backbone.name).partition(".")[0]
+        return [weights for weights in job.weights if weights["name"] == name] or [{"name": name, **origin}]
+    configs = [getattr(module, "pretrained_cfg", None) for module in model.modules()]  # timm's
+    used = {config["architecture"] for config in configs if isinstance(config, dict) and "architecture" in config}
+    return [weights for weights in job.weights if weights["name"] in used]
 
 
 def _notes(job: Job, model: AnomalibModule, *, is_shared: bool) -> list[str]:
@@ -299,12 +300,9 @@ def _notes(job: Job, model: AnomalibModule, *, is_shared: bool) -> list[str]:
     notes = []
     if is_shared:
         notes.append("trained together with another row: times and memory of the training are that row's")
-    transform = getattr(model.pre_processor, "transform", None)
-    resizes = [] if transform is None else extract_transforms_by_type(transform, Resize)
-    sizes = {tuple(resize.size) * (2 // len(resize.size)) for resize in resizes}
-    if sizes - {job.image_size}:
-        others = " and ".join(" x ".join(map(str, size)) for size in sorted(sizes))
-        notes.append(f"resizes images to {others}, whatever size the benchmark asks for")
+    if model.input_size is not None and tuple(model.input_size) != job.image_size:
+        size = " x ".join(map(str, model.input_size))
+        notes.append(f"takes images of {size} pixels, whatever size the benchmark asks for")
     return notes
 
 

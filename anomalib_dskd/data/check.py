@@ -1,6 +1,8 @@
 """Look at every file of a data set once, before any time is spent on training with it."""
 
+import contextlib
 import hashlib
+import re
 import struct
 from collections import defaultdict
 from collections.abc import Callable, Iterable, Iterator
@@ -13,7 +15,7 @@ from anomalib import TaskType
 from anomalib.data import AnomalibDataModule
 from anomalib.data.utils import read_depth_image
 from numpy.typing import NDArray
-from PIL import ExifTags, Image
+from PIL import ExifTags, Image, ImageStat
 
 from anomalib_dskd.data.finding import Finding, Severity
 from anomalib_dskd.data.image_files import READABLE_ERRORS, is_deep, open_image
@@ -56,7 +58,7 @@ class _Sample(NamedTuple):
     is_anomalous: bool
     masks: tuple[str, ...]  # added up, if there are several
     threshold: int | None  # of the masks, where the data set has one
-    depth: str
+    depths: tuple[str, ...]
 
 
 class _Picture(NamedTuple):
@@ -84,8 +86,11 @@ def check_data(data: AnomalibDataModule, *, progress: Callable[[Iterable[str]], 
         failed = Finding("error", "setup", f"the data module cannot be set up: {type(error).__name__}: {error}")
         return [failed, *find_unpaired(data)]
     if not all("label_index" in dataset.samples for dataset in _datasets(data).values()):
-        text = f"{type(data).__name__} has videos: legal are data modules of images with a label each"
-        return [Finding("error", "videos", text)]
+        text = (
+            f"{type(data).__name__} has no label of each image (label_index), as data modules of videos have none: "
+            "legal are those of single images"
+        )
+        return [Finding("error", "no-labels", text)]
     samples = list(_samples(data))
     findings = _Findings()
     findings.extend(check_splits(data))
@@ -97,7 +102,8 @@ def check_data(data: AnomalibDataModule, *, progress: Callable[[Iterable[str]], 
         if picture is not None:
             pictures[path] = picture
         _look_at_masks(by_image[path], picture, findings, needs_mask=needs_mask)
-        _look_at_depth(by_image[path], findings)
+        for depth in by_image[path].depths:
+            _look_at_depth(depth, findings)
     _compare_folders(samples, findings)
     _compare_sizes(pictures, findings)
     _compare_pictures(samples, pictures, findings)
@@ -174,7 +180,7 @@ def _samples(data: AnomalibDataModule) -> Iterator[_Sample]:
                 is_anomalous=bool(sample.label_index == 1),
                 masks=_paths(getattr(sample, "mask_path", None)),
                 threshold=getattr(dataset, "mask_threshold", None),
-                depth="".join(_paths(getattr(sample, "depth_path", None))),
+                depths=_paths(getattr(sample, "depth_path", None)),
             )
 
 
@@ -214,13 +220,13 @@ def _look_at_image(path: str, findings: _Findings) -> _Picture | None:
                 findings.add("note", "mode-16", "has 16 bits a channel; the upper 8 are read", path)
             colours = image.convert("RGB")
     except UnsafeImageError as error:
-        findings.add("error", "unsafe", str(error).removeprefix(f"image {path!r} ").removesuffix("."), path)
+        findings.add("error", "unsafe", _without_name(error, path), path)
         return None
     except READABLE_ERRORS as error:
         reason = str(error).replace(f" {path!r}", "").replace(path, "it") or type(error).__name__
         findings.add("error", "unreadable", f"cannot be read: {reason}. Replace or remove it", path)
         return None
-    if (np.asarray(colours).std(axis=(0, 1)) < FLAT).all():
+    if max(ImageStat.Stat(colours).stddev) < FLAT:
         text = "has hardly any contrast: a camera that was covered, or an empty picture"
         findings.add("warning", "flat", text, path)
     return _Picture(colours.size, hashlib.sha256(colours.tobytes()).digest(), _perceptual_hash(colours))
@@ -236,7 +242,7 @@ def _orientation(image: Image.Image) -> int:
 
 def _has_16_bits(image: Image.Image) -> bool:
     """Whether PIL reads the upper halves of 16 bits, as it does of colour images; its mode does not tell."""
-    return any(";16" in str(tile.args) for tile in getattr(image, "tile", ()))
+    return any(re.search(";16[BLN]", str(tile.args)) for tile in getattr(image, "tile", ()))
 
 
 def _perceptual_hash(image: Image.Image) -> NDArray[np.bool_]:
@@ -262,7 +268,7 @@ def _read_mask(path: str, findings: _Findings) -> NDArray[np.uint8] | None:
     except FileNotFoundError:
         findings.add("error", "no-mask", "is the mask of a defective image, and is not there", path)
     except UnsafeImageError as error:
-        findings.add("error", "unsafe", str(error).removeprefix(f"image {path!r} ").removesuffix("."), path)
+        findings.add("error", "unsafe", _without_name(error, path), path)
     except READABLE_ERRORS as error:
         findings.add("error", "unreadable-mask", f"is a mask that cannot be read: {type(error).__name__}", path)
     return None
@@ -289,14 +295,20 @@ def _look_at_mask(
         findings.add("error", "mask-of-good-image", "is a mask with a defect, of an image labelled as good", path)
 
 
-def _look_at_depth(sample: _Sample, findings: _Findings) -> None:
-    if not sample.depth:
-        return
+def _look_at_depth(path: str, findings: _Findings) -> None:
     try:
-        read_depth_image(sample.depth)
+        with contextlib.suppress(*READABLE_ERRORS):  # a format that PIL does not know
+            open_image(path).close()
+        read_depth_image(path)
+    except UnsafeImageError as error:
+        findings.add("error", "unsafe", _without_name(error, path), path)
     except Exception as error:  # its reader raises many kinds
         text = f"is a depth image that cannot be read: {type(error).__name__}"
-        findings.add("error", "unreadable-depth", text, sample.depth)
+        findings.add("error", "unreadable-depth", text, path)
+
+
+def _without_name(error: UnsafeImageError, path: str) -> str:
+    return str(error).removeprefix(f"image {path!r} ").removesuffix(".")
 
 
 # --- many files --------------------------------------------------------------------------------------------------
@@ -364,7 +376,7 @@ def _find_near(train: list[str], test: list[str], pictures: dict[str, _Picture],
 
 def _find_ignored(samples: list[_Sample], findings: _Findings) -> None:
     """Find pictures that lie beside those of the data set and are not read."""
-    known = {Path(path).resolve() for sample in samples for path in (sample.image, *sample.masks)}
+    known = {Path(path).resolve() for sample in samples for path in (sample.image, *sample.masks, *sample.depths)}
     for folder in sorted({path.parent for path in known if path.parent.is_dir()}):
         for path in sorted(folder.iterdir()):
             if path.suffix.lower() in IMAGE_SUFFIXES and path.is_file() and path.resolve() not in known:

@@ -16,7 +16,7 @@ from anomalib_dskd.data.finding import Finding
 
 __all__ = ["find_unpaired"]
 
-GOOD = "good"  # folder of the test set's good images, as in MVTec AD
+GOOD = ("good", "ok")  # folder of the test set's good images, in MVTec AD and in BTech
 
 
 class _Files(NamedTuple):
@@ -27,7 +27,7 @@ class _Files(NamedTuple):
 
 
 def find_unpaired(data: AnomalibDataModule) -> list[Finding]:
-    """Name defective images without a mask, masks without an image, or else those whose order differs.
+    """Name defective images without a mask or with several, masks without an image, or else those whose order differs.
 
     Args:
         data: a ``Folder``, or a module for a layout as that of MVTec AD (``test``, ``ground_truth``). It need not have
@@ -36,18 +36,22 @@ def find_unpaired(data: AnomalibDataModule) -> list[Finding]:
     images, masks = _defects(data)
     if not masks:  # their folder is misnamed, or the data has none
         return []
-    belonging = {image: set(_belonging(image, masks)) for image in images}
+    belonging = _pair(images, masks)
     lacking = [str(image) for image, found in belonging.items() if not found]
     surplus = sorted(map(str, set(masks).difference(*belonging.values())))
+    several = [str(image) for image, found in belonging.items() if len(found) > 1]
     findings = []
+    if several:
+        text = "is defective, and several masks have its name: leave one, or name them after different images"
+        findings.append(Finding("error", "masks-twice", text, several))
     if lacking:
         text = "is defective, and no mask has its name: add one, or use the data without masks"
         findings.append(Finding("error", "no-mask", text, lacking))
     if surplus:
         text = "is a mask, and no defective image has its name: remove it, or add the image"
         findings.append(Finding("error", "surplus-mask", text, surplus))
-    if not findings:
-        swapped = [str(image) for image, mask in zip(images, masks, strict=False) if mask not in belonging[image]]
+    if not findings:  # so that there are as many masks as images
+        swapped = [str(image) for image, mask in zip(images, masks, strict=True) if mask not in belonging[image]]
         text = "sorts to another place than its mask does, and anomalib pairs them by their order: use equal names"
         findings = [Finding("error", "mask-order", text, swapped)] if swapped else []
     return findings
@@ -61,7 +65,7 @@ def _defects(data: AnomalibDataModule) -> _Files:
         images, masks = ([path for name in names for path in (root / name).rglob("*")] for names in folders)
     else:
         root /= getattr(data, "category", None) or ""
-        images = [path for path in root.glob("test/*/*") if path.parent.name != GOOD]
+        images = [path for path in root.glob("test/*/*") if path.parent.name not in GOOD]
         masks = list(root.glob("ground_truth/*/*"))
     return _Files(*(sorted(path for path in paths if path.suffix.lower() in suffixes) for paths in (images, masks)))
 
@@ -70,9 +74,15 @@ def _as_list(names: str | Path | Sequence[str | Path] | None) -> Sequence[str | 
     return [names] if isinstance(names, str | Path) else names or []
 
 
-def _belonging(image: Path, masks: list[Path]) -> Iterator[Path]:
-    """Yield the masks whose name has the image's as a whole word, in the folder of the same kind of defect if any."""
-    name = re.compile(rf"(?<![0-9A-Za-z]){re.escape(image.stem)}(?![0-9A-Za-z])")
+def _pair(images: list[Path], masks: list[Path]) -> dict[Path, set[Path]]:
+    """Return the masks of each image: those that have its name as a word, or, where none do, as a part of theirs."""
+    by_word = {image: set(_belonging(image, masks, r"(?<![0-9A-Za-z]){}(?![0-9A-Za-z])")) for image in images}
+    return by_word if any(by_word.values()) else {image: set(_belonging(image, masks, "{}")) for image in images}
+
+
+def _belonging(image: Path, masks: list[Path], pattern: str) -> Iterator[Path]:
+    """Yield the masks with an image's name in theirs, from the folder of the same kind of defect if there is one."""
+    name = re.compile(pattern.format(re.escape(image.stem)))
     has_kinds = image.parent.name in {mask.parent.name for mask in masks}
     for mask in masks:
         if name.search(mask.stem) and (not has_kinds or mask.parent.name == image.parent.name):

@@ -84,6 +84,19 @@ def test_code_in_a_checkpoint_does_not_run(command, write, tiny_model, magnetic_
     assert not trace.exists()
 
 
+@pytest.mark.parametrize("share", [0.0, 0.3, 0.9, 0.999])
+@pytest.mark.parametrize("command", ["fit", "test", "Python"])
+def test_a_damaged_checkpoint_is_named(command, share, tiny_model, magnetic_tile_root, tmp_path):
+    path = tmp_path / "model.ckpt"
+    torch.save({"state_dict": tiny_model.state_dict(), "epoch": 0}, path)
+    path.write_bytes(path.read_bytes()[: int(share * path.stat().st_size)])
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")
+        run = commands(tmp_path, magnetic_tile_root)[command]
+        with pytest.raises(CheckpointError, match=r"the checkpoint '.*model.ckpt' is damaged"):
+            run(path)
+
+
 def test_code_named_in_a_checkpoint_does_not_run(tiny_model, tmp_path, monkeypatch):
     """Lightning imports a function that a checkpoint of plain values may name: an allow-list stands before it."""
     (tmp_path / "sent_along.py").write_text(f"import os; os.mkdir({str(tmp_path / 'it_ran')!r})")

@@ -29,6 +29,7 @@ __all__ = [
     "meaning",
     "number_of_steps",
     "resolve_pre_processor",
+    "steps_an_epoch",
 ]
 
 DEFAULT_TEACHER = "resnet18.tv_in1k"  # section 4.1.2; timm's own default tag has newer weights
@@ -98,6 +99,12 @@ def number_of_steps(trainer: Trainer) -> int:
     return int(steps)
 
 
+def steps_an_epoch(trainer: Trainer) -> int | None:
+    """Return the number of optimiser steps of an epoch, once training has begun; None if it has no end."""
+    batches = trainer.num_training_batches
+    return None if math.isinf(batches) else math.ceil(batches / trainer.accumulate_grad_batches)
+
+
 def may_be_fused(trainer: Trainer | None) -> bool:
     """Return whether Lightning takes a fused optimiser: not where gradients are clipped under autocast.
 
@@ -134,11 +141,10 @@ def check_trainer(trainer: Trainer) -> None:
 
 def check_last_step(trainer: Trainer) -> None:
     """Raise if training ends between two validations by ``max_steps``, now that the number of batches is known."""
-    steps, batches = trainer.max_steps, trainer.num_training_batches
-    if steps <= 0 or not trainer.enable_validation or math.isinf(batches) or trainer.check_val_every_n_epoch is None:
+    steps, an_epoch = trainer.max_steps, steps_an_epoch(trainer)
+    if steps <= 0 or not trainer.enable_validation or an_epoch is None or trainer.check_val_every_n_epoch is None:
         return
-    an_epoch = math.ceil(batches / trainer.accumulate_grad_batches)
-    if trainer.val_check_batch != batches or 0 < (trainer.max_epochs or -1) * an_epoch <= steps:
+    if trainer.val_check_batch != trainer.num_training_batches or 0 < (trainer.max_epochs or -1) * an_epoch <= steps:
         return  # validated within epochs, or ended by them
     interval = an_epoch * trainer.check_val_every_n_epoch
     if steps % interval:

@@ -66,7 +66,7 @@ def named_errors(path: str | Path) -> Iterator[None]:
         )
         raise CheckpointError(msg) from error
     except (EOFError, RuntimeError) as error:
-        if "zip archive" not in str(error) and not isinstance(error, EOFError):  # torch's own name for a torn file
+        if "PytorchStreamReader" not in str(error) and not isinstance(error, EOFError):  # torch's reader of files
             raise
         msg = f"the checkpoint '{path}' is damaged: {error or 'it ends too early'}. Give another, or copy it anew."
         raise CheckpointError(msg) from error

@@ -16,6 +16,7 @@ __all__ = ["check_images", "is_flat", "warn_of_flat_images"]
 logger = logging.getLogger(__name__)
 
 COLOURS = 3
+CAST = (torch.float32, torch.bfloat16, torch.float16)  # what mixed precision turns into one another
 ROUNDING = 1e-3  # of an interpolation; a quarter of a gray level
 GRAY_LEVEL = 1 / 255 / 0.225  # after normalisation with ImageNet's deviation
 
@@ -44,7 +45,7 @@ def check_images(images: Tensor, pre_processor: nn.Module | None, *, dtype: torc
     if not images.is_floating_point():
         msg = f"images of type {images.dtype}. {legal} For 8 bits: images.float() / 255."
         raise ArgumentError(msg)
-    if images.dtype != dtype and not torch.is_autocast_enabled(images.device.type):
+    if images.dtype not in ({dtype, *CAST} if torch.is_autocast_enabled(images.device.type) else {dtype}):
         msg = f"images of type {images.dtype}, and a model of {dtype}. Give images.to({dtype})."
         raise ArgumentError(msg)
     low, high = (value.item() for value in images.aminmax())

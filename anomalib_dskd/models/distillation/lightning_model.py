@@ -317,18 +317,21 @@ class DistillationMixin(Base):
 
     def on_predict_start(self) -> None:
         """Refuse to predict before training, or from images that are not read as they are."""
-        self._require_thresholds("predict")
+        self._require_training("predict")
+        self._warn_without_thresholds()
         check_headers(dataset_paths(self.trainer.predict_dataloaders))  # before they are decoded
 
     def to_torch(self, *args: Any, **kwargs: Any) -> Path:  # noqa: ANN401 - passed on
         """Export as anomalib does, once trained."""
-        self._require_thresholds("export")
+        self._require_training("export")
+        self._warn_without_thresholds()
         with self._without_training_parts():
             return super().to_torch(*args, **kwargs)
 
     def to_onnx(self, *args: Any, **kwargs: Any) -> Path:  # type: ignore[override] # noqa: ANN401 - passed on
         """Export as anomalib does, once trained; OpenVINO goes through here too."""
-        self._require_thresholds("export")
+        self._require_training("export")
+        self._warn_without_thresholds()
         kwargs.setdefault("opset_version", ONNX_OPSET)
         with self._without_training_parts():
             return super().to_onnx(*args, **kwargs)
@@ -390,9 +393,8 @@ class DistillationMixin(Base):
             )
             raise NotTrainedError(msg)
 
-    def _require_thresholds(self, purpose: str) -> None:
-        """Raise unless the model is trained; warn if no validation has said what is defective."""
-        self._require_training(purpose)
+    def _warn_without_thresholds(self) -> None:
+        """Say it if no validation has set what is defective: the scores as such are right."""
         post_processor = self.post_processor
         if not isinstance(post_processor, PostProcessor) or not post_processor.enable_thresholding:
             return

@@ -1,7 +1,6 @@
 """TAD++ as an anomalib model."""
 
 import logging
-import math
 from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Any, ClassVar, Literal
@@ -27,6 +26,7 @@ from anomalib_dskd.models.distillation.arguments import (
     Schedule,
     TrainingOptions,
     resolve_pre_processor,
+    steps_an_epoch,
 )
 from anomalib_dskd.models.distillation.lightning_model import DistillationMixin
 from anomalib_dskd.models.tad.assistant import Assistant, GuidanceAttention
@@ -208,9 +208,8 @@ class Tad(DistillationMixin, AnomalibModule):
     def on_train_start(self) -> None:
         """Refuse a training that ends by its number of steps before the student's first epoch."""
         super().on_train_start()
-        steps, trainer = self.trainer.max_steps, self.trainer
-        if steps > 0:
-            an_epoch = math.ceil(trainer.num_training_batches / trainer.accumulate_grad_batches)
+        steps, an_epoch = self.trainer.max_steps, steps_an_epoch(self.trainer)
+        if steps > 0 and an_epoch is not None:
             self._check_students_share((steps - 1) // an_epoch, f"max_steps {steps}")
 
     def _check_students_share(self, last_epoch: int, what: str) -> None:

@@ -5,10 +5,12 @@ import sys
 import pytest
 import timm
 import torch
+from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
 
+from anomalib_dskd.benchmark import hub_cache
 from anomalib_dskd.benchmark.hub_cache import describe_weights, environment, write_hub_cache
-from anomalib_dskd.errors import ArgumentError, TeacherWeightsError
+from anomalib_dskd.errors import ArgumentError, DataError, TeacherWeightsError
 
 ARCHITECTURE = "test_resnet"
 
@@ -97,3 +99,23 @@ def test_weights_of_another_architecture_are_refused(partial_weights, tmp_path):
         write_hub_cache({"test_vit": str(partial_weights)}, tmp_path)
     with pytest.raises(TeacherWeightsError, match="'gone.pth' does not exist"):
         write_hub_cache({ARCHITECTURE: "gone.pth"}, tmp_path)
+
+
+def test_without_links_the_files_are_copied(partial_weights, tmp_path, monkeypatch):
+    def refuse(*_):
+        raise OSError(1, "Operation not permitted")
+
+    monkeypatch.setattr(hub_cache.os, "link", refuse)
+    write_hub_cache({ARCHITECTURE: str(partial_weights)}, tmp_path)
+    files = list(tmp_path.rglob("*.safetensors"))
+    assert len(files) > 2
+    assert len({hashlib.sha256(file.read_bytes()).digest() for file in files}) == 1
+
+
+def test_a_full_disk_is_told(partial_weights, tmp_path, monkeypatch):
+    def refuse(*_):
+        raise SafetensorError("Error while serializing: I/O error: No space left on device (os error 28)")
+
+    monkeypatch.setattr(hub_cache, "save_file", refuse)
+    with pytest.raises(DataError, match="weights of 'test_resnet' cannot be written to .*No space left.* Make room"):
+        write_hub_cache({ARCHITECTURE: str(partial_weights)}, tmp_path)

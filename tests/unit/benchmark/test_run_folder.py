@@ -68,6 +68,17 @@ def test_a_mistake_may_be_mended_while_nothing_is_done(tmp_path):
     assert read_plan(tmp_path)[0]["weights"][0]["sha256"] == "b"
 
 
+def test_weights_may_be_replaced_while_nothing_is_done(tmp_path):
+    for sha256 in ("a", "b"):
+        with RunFolder(tmp_path, CONFIG) as folder:
+            folder.keep_plan(jobs(sha256))
+            assert read_results(tmp_path) == []
+            folder.append(record(jobs(sha256)[0].id, "failed"))
+    with RunFolder(tmp_path, CONFIG) as folder:
+        folder.keep_plan(jobs("b"))
+    assert [result["job"] for result in read_results(tmp_path)] == [jobs("b")[0].id]
+
+
 def test_results_without_their_configuration_are_kept(tmp_path):
     with RunFolder(tmp_path, CONFIG) as folder:
         folder.append(record("1", "failed"))

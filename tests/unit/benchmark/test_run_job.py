@@ -4,9 +4,13 @@ from types import SimpleNamespace
 
 import numpy as np
 import pytest
+import timm
+import torch
 from anomalib.pre_processing import PreProcessor
+from sklearn.metrics import roc_auc_score
 from torchvision.transforms.v2 import CenterCrop, Compose, Normalize, Resize
 
+from anomalib_dskd import Dskd, Tad
 from anomalib_dskd.benchmark import run_job
 from anomalib_dskd.benchmark.config import BenchmarkConfig, DatasetSpec, ModelSpec, Task, expand
 from anomalib_dskd.benchmark.machine import machine
@@ -82,14 +86,30 @@ def test_every_model_gets_the_size_in_its_own_way(job, class_path, size_in):
 @pytest.mark.parametrize(
     ("transforms", "notes"),
     [
-        ([Resize((96, 96)), Normalize([0.0] * 3, [1.0] * 3)], []),
-        ([Resize(240), CenterCrop(224)], ["resizes images to 240 x 240, whatever size the benchmark asks for"]),
+        ([Resize((96, 96))], []),
+        (
+            [Resize((240, 240)), CenterCrop(224)],
+            ["takes images of 224 x 224 pixels, whatever size the benchmark asks for"],
+        ),
     ],
     ids=["its size", "another"],
 )
 def test_a_model_with_a_size_of_its_own_is_told(transforms, notes, job):
-    model = SimpleNamespace(pre_processor=PreProcessor(transform=Compose(transforms)))
+    normalise = Normalize((0.5, 0.5, 0.5), (0.5, 0.5, 0.5))  # the tiny teacher's
+    model = Dskd(teacher=TEACHER, pre_processor=PreProcessor(transform=Compose([*transforms, normalise])))
     assert run_job._notes(job, model, is_shared=False) == notes
+
+
+def test_weights_are_those_of_the_teacher_and_not_of_what_starts_at_random(job, tiny_model):
+    name, other = TEACHER.partition(".")[0], "test_efficientnet"
+    assert run_job._weights(job, tiny_model) == [{"name": name, **tiny_model.model.teacher.weights_origin}]
+    tad = Tad(teacher=TEACHER, assistant=other, image_size=64)
+    tad.model.teacher.weights_origin = {"file": "of the cache"}
+    given = [{"name": name, "file": "a", "sha256": "1"}, {"name": other, "file": "b", "sha256": "2"}]
+    job = dataclasses.replace(job, weights=given)
+    assert run_job._weights(job, tad) == given[:1]
+    peer = SimpleNamespace(modules=lambda: [timm.create_model(other, features_only=True), torch.nn.ReLU()])
+    assert run_job._weights(job, peer) == given[1:]
 
 
 @pytest.mark.parametrize(
@@ -182,7 +202,9 @@ def test_siblings_have_figures_too(kind, arguments, tiny_job, tmp_path):
     job = dataclasses.replace(with_arguments(tiny_job, **arguments), class_path=f"anomalib_dskd.{kind}", epochs=2)
     record = run_job.run_job(job, tmp_path, lambda *_: None)
     assert (record["status"], record["training"]["epochs"], record["notes"]) == ("done", 2, [])
-    assert all(0 <= value <= 1 for value in record["figures"].values())
+    with np.load(tmp_path / "predictions.npz") as archive:
+        expected = roc_auc_score(archive["labels"], archive["scores"])
+    assert record["figures"]["image_AUROC"] == pytest.approx(expected, abs=1e-4)
     assert [weights["name"] for weights in record["weights"]] == [TEACHER.partition(".")[0]]
 
 

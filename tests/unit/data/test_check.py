@@ -50,6 +50,7 @@ def module(root: Path, **arguments) -> Folder:
 
 def found(root: Path, **arguments) -> dict[str, tuple[str, list[str]]]:
     findings = check_data(module(root, **arguments))
+    assert len({finding.kind for finding in findings}) == len(findings)
     return {finding.kind: (finding.severity, [Path(file).name for file in finding.files]) for finding in findings}
 
 
@@ -211,6 +212,16 @@ BREAK = {
         lambda r: shutil.copy(r / "mask/0.png", r / "mask/9.png"),
         {"setup": ("error", []), "surplus-mask": ("error", ["9.png"])},
     ),
+    "mask twice": (
+        lambda r: shutil.copy(r / "mask/0.png", r / "mask/0_copy.png"),
+        {"setup": ("error", []), "masks-twice": ("error", ["0.png"])},
+    ),
+    "mask missing, of names that are glued": (
+        lambda r: (
+            [(r / f"mask/{i}.png").rename(r / f"mask/mask{i}.png") for i in range(2)] + [(r / "mask/2.png").unlink()]
+        ),
+        {"setup": ("error", []), "no-mask": ("error", ["2.png"])},
+    ),
     "masks that sort otherwise": (
         rename_to_sort_otherwise,
         {"setup": ("error", []), "mask-order": ("error", ["1.png", "11.png"])},
@@ -355,32 +366,37 @@ def test_several_masks_of_an_image_are_all_read(root):
     assert (finding.kind, [Path(file).name for file in finding.files]) == ("unreadable-mask", ["2.png"])
 
 
-def test_depth_images_are_read(root):
-    data = module(root)
+@pytest.mark.parametrize(
+    ("spoil", "kind"),
+    [
+        (lambda path: path.write_bytes(b"no image"), "unreadable-depth"),
+        (lambda path: write_bomb(path, 9**5, 9**4), "unsafe"),
+    ],
+    ids=["no image", "bomb"],
+)
+def test_depth_images_are_read(spoil, kind, root):
+    data = module(root, extensions=(".png",))
     data.setup()
-    depths = {"00": b"no image"}
     for split in (data.train_data, data.val_data, data.test_data):
-        split.samples["depth_path"] = [depth_image(path, depths) for path in split.samples.image_path]
+        split.samples["depth_path"] = [depth_image(path) for path in split.samples.image_path]
+    spoil(root / "good" / "00.tiff")
     data.setup = data.prepare_data = lambda: None
     (finding,) = check_data(data)
-    assert (finding.kind, [Path(file).name for file in finding.files]) == ("unreadable-depth", ["00.tiff"])
+    assert (finding.kind, [Path(file).name for file in finding.files]) == (kind, ["00.tiff"])
 
 
-def depth_image(image: str, contents: dict[str, bytes]) -> str:
-    path = Path(image).parent.parent / "depth" / Path(image).parent.name / f"{Path(image).stem}.tiff"
-    path.parent.mkdir(parents=True, exist_ok=True)
+def depth_image(image: str) -> str:
+    path = Path(image).with_suffix(".tiff")
     Image.fromarray(ramp().astype(np.float32)).save(path)
-    if path.stem in contents:
-        path.write_bytes(contents[path.stem])
     return str(path)
 
 
-def test_videos_are_refused_by_name(root):
+def test_data_without_labels_is_refused_by_name(root):
     data = module(root)
     data.setup()
     for split in (data.train_data, data.val_data, data.test_data):
         split.samples = split.samples.drop(columns="label_index")
     data.setup = data.prepare_data = lambda: None
     (finding,) = check_data(data)
-    assert (finding.severity, finding.kind) == ("error", "videos")
-    assert "Folder has videos" in finding.message
+    assert (finding.severity, finding.kind) == ("error", "no-labels")
+    assert "Folder has no label of each image" in finding.message

@@ -54,9 +54,11 @@ def test_images_of_the_models_own_type_are_legal():
     check_images(IMAGES.half(), PRE_PROCESSOR, dtype=torch.float16)
 
 
-def test_mixed_precision_takes_any_type():
+def test_mixed_precision_takes_the_types_that_it_casts():
     with torch.autocast("cpu", torch.bfloat16):
         check_images(IMAGES.bfloat16(), PRE_PROCESSOR)
+        with pytest.raises(ArgumentError, match=r"type torch\.float64"):
+            check_images(IMAGES.double(), PRE_PROCESSOR)
 
 
 def test_a_resize_may_overshoot_by_a_rounding_error():
