@@ -88,27 +88,26 @@ class RunFolder:
         """
         plan = [{"job": job.id, **json.loads(json.dumps(asdict(job), default=str))} for job in jobs]
         before = read_plan(self.path)
-        has_changed = before is None or [job["job"] for job in before] != [job["job"] for job in plan]
-        if not has_changed:
-            return
-        if before is not None and self.finished():
-            changes = (
-                f"{new['model']}: {name} was {old.get(name)}, is {new.get(name)}"
-                for old, new in zip(before, plan, strict=False)
-                for name in sorted(old.keys() | new.keys())
-                if old.get(name) != new.get(name) and name != "job"
-            )
-            changed = (
-                "; ".join(itertools.islice(changes, MOST_NAMED)) or f"{len(before)} jobs were, {len(plan)} are now"
-            )
-            msg = (
-                f"run folder {str(self.path)!r} holds results of other jobs, though of the same configuration: "
-                f"{changed}. Give another --run_folder, or restore what has changed."
-            )
-            raise ArgumentError(msg)
         if before is not None:
+            if [job["job"] for job in before] == [job["job"] for job in plan]:
+                return
+            if self.finished():
+                raise ArgumentError(self._other_jobs(before, plan))
             (self.path / RESULTS).unlink(missing_ok=True)  # failures of jobs that are not meant any more
         _write_whole(self.path / PLAN, json.dumps(plan, indent=1))
+
+    def _other_jobs(self, before: list[dict[str, Any]], plan: list[dict[str, Any]]) -> str:
+        changes = (
+            f"{new['model']}: {name} was {old.get(name)}, is {new.get(name)}"
+            for old, new in zip(before, plan, strict=False)
+            for name in sorted(old.keys() | new.keys())
+            if old.get(name) != new.get(name) and name != "job"
+        )
+        changed = "; ".join(itertools.islice(changes, MOST_NAMED)) or f"{len(before)} jobs were, {len(plan)} are now"
+        return (
+            f"run folder {str(self.path)!r} holds results of other jobs, though of the same configuration: "
+            f"{changed}. Give another --run_folder, or restore what has changed."
+        )
 
     def drop_trainings(self) -> None:
         """Delete the trained weights that jobs have shared: none needs them any more."""

@@ -5,7 +5,8 @@ mask's.
 """
 
 import re
-from collections.abc import Iterator, Sequence
+from collections import defaultdict
+from collections.abc import Sequence
 from pathlib import Path
 from typing import NamedTuple
 
@@ -75,15 +76,18 @@ def _as_list(names: str | Path | Sequence[str | Path] | None) -> Sequence[str | 
 
 
 def _pair(images: list[Path], masks: list[Path]) -> dict[Path, set[Path]]:
-    """Return the masks of each image: those that have its name as a word, or, where none do, as a part of theirs."""
-    by_word = {image: set(_belonging(image, masks, r"(?<![0-9A-Za-z]){}(?![0-9A-Za-z])")) for image in images}
-    return by_word if any(by_word.values()) else {image: set(_belonging(image, masks, "{}")) for image in images}
+    """Return the masks of each image, those in the folder of its kind of defect if there is one.
 
-
-def _belonging(image: Path, masks: list[Path], pattern: str) -> Iterator[Path]:
-    """Yield the masks with an image's name in theirs, from the folder of the same kind of defect if there is one."""
-    name = re.compile(pattern.format(re.escape(image.stem)))
-    has_kinds = image.parent.name in {mask.parent.name for mask in masks}
+    They have its name as a word in theirs, or, where no image is found so, as a part.
+    """
+    of_kind: dict[str, list[Path]] = defaultdict(list)
     for mask in masks:
-        if name.search(mask.stem) and (not has_kinds or mask.parent.name == image.parent.name):
-            yield mask
+        of_kind[mask.parent.name].append(mask)
+    for pattern in (r"(?<![0-9A-Za-z]){}(?![0-9A-Za-z])", "{}"):
+        pairs = {}
+        for image in images:
+            name = re.compile(pattern.format(re.escape(image.stem)))
+            pairs[image] = {mask for mask in of_kind.get(image.parent.name, masks) if name.search(mask.stem)}
+        if any(pairs.values()):
+            break
+    return pairs
