@@ -1,4 +1,4 @@
-"""How long one picture takes in OpenVINO, and how many a second are possible: DSKD, lite and in 8 bits, and its peers.
+"""How long one picture takes in OpenVINO, and how many a second are possible: DSKD, siblings and peers, f32 and 8 bits.
 
 All models are measured by turns, round after round, so that a slower minute of the machine meets all of them. Weights
 do not change the time, so each model is trained for one batch only. What a model computes in floating point is done in
@@ -36,13 +36,14 @@ import openvino  # noqa: E402
 import torch  # noqa: E402
 from anomalib.deploy import CompressionType  # noqa: E402
 from anomalib.engine import Engine  # noqa: E402
-from anomalib.models import ReverseDistillation, Stfpm  # noqa: E402
+from anomalib.models import Padim, ReverseDistillation, Stfpm  # noqa: E402
 from anomalib.models.components import AnomalibModule  # noqa: E402
 
-from anomalib_dskd import Dskd, MagneticTile  # noqa: E402
+from anomalib_dskd import Afkd, Dskd, Dtgd, MagneticTile, Tad  # noqa: E402
 from anomalib_dskd.benchmark.hub_cache import write_hub_cache  # noqa: E402
 from anomalib_dskd.benchmark.speed import measure_cost  # noqa: E402
 from anomalib_dskd.benchmark.timing import images_per_second  # noqa: E402
+from anomalib_dskd.models.distillation.lightning_model import DistillationMixin  # noqa: E402
 from anomalib_dskd.quantization import map_operations  # noqa: E402
 
 OFF = {"visualizer": False, "evaluator": False}
@@ -76,8 +77,8 @@ class Export:
         return core.compile_model(network, "CPU", {"INFERENCE_PRECISION_HINT": self.precision, **settings})
 
 
-def dskd(**arguments: object) -> AnomalibModule:
-    return Dskd(image_size=options.size, seed=0, **OFF, **arguments)
+def detector(model_class: type[DistillationMixin], **arguments: object) -> AnomalibModule:
+    return model_class(image_size=options.size, seed=0, **OFF, **{"teacher_weights": options.weights} | arguments)
 
 
 def peer(model_class: type[AnomalibModule]) -> AnomalibModule:
@@ -104,7 +105,7 @@ def export(name: str, model: AnomalibModule, compression: CompressionType | None
     data = MagneticTile(options.root) if compression == CompressionType.INT8_PTQ else None
     path = model.to_openvino(FOLDER / name, input_size=SIZE, compression_type=compression, datamodule=data)
     macs = measure_cost(model, SIZE, trained=0)["macs"]
-    in_map = set(map_operations(core.read_model(path))) if isinstance(model, Dskd) else set()
+    in_map = set(map_operations(core.read_model(path))) if isinstance(model, DistillationMixin) else set()
     return Export(path, int(macs or 0), in_map)
 
 
@@ -177,7 +178,8 @@ def print_where_time_goes(name: str) -> None:
 core = openvino.Core()
 write_hub_cache({"resnet18": options.weights}, Path(CACHE.name))
 FOLDER = Path(CACHE.name) / "exports"
-whole, lite = trained(dskd(teacher_weights=options.weights)), trained(dskd(teacher="tf_efficientnet_lite0"))
+whole = trained(detector(Dskd))
+lite = trained(detector(Dskd, teacher="tf_efficientnet_lite0", teacher_weights=None))
 models = {
     "DSKD": export("dskd", whole),
     "DSKD, FP16 weights": export("fp16", whole, CompressionType.FP16),
@@ -185,9 +187,17 @@ models = {
     "DSKD, INT8": export("int8_ptq", whole, CompressionType.INT8_PTQ),
     "DSKD lite": export("lite", lite),
     "DSKD lite, INT8": export("lite_int8_ptq", lite, CompressionType.INT8_PTQ),
-    "STFPM": export("stfpm", trained(peer(Stfpm))),
-    "Reverse Distillation": export("reverse", trained(peer(ReverseDistillation))),
 }
+siblings = {
+    "AFKD": detector(Afkd),
+    "DTGD": detector(Dtgd),
+    "TAD++": detector(Tad, assistant=None),  # it is in no export, and has the only epoch if there is one
+}
+for name, model in siblings.items():
+    models[name] = export(name, trained(model))
+    models[f"{name}, INT8"] = export(f"{name} int8_ptq", model, CompressionType.INT8_PTQ)
+for name, model_class in (("PaDiM", Padim), ("STFPM", Stfpm), ("Reverse Distillation", ReverseDistillation)):
+    models[name] = export(name, trained(peer(model_class)))
 models["DSKD, bfloat16"] = replace(models["DSKD"], precision="bf16")
 models["STFPM, bfloat16"] = replace(models["STFPM"], precision="bf16")
 print_latency_and_throughput()
