@@ -17,6 +17,7 @@ import pytest
 import skimage.data
 import timm
 import torch
+from anomalib.engine import Engine
 from hypothesis import settings
 from PIL import Image
 from safetensors.torch import save_file
@@ -50,6 +51,12 @@ def differing(first: dict, second: dict) -> list[str]:
         if not same:
             names.add(name)
     return sorted(names)
+
+
+def engine(folder: Path, **arguments) -> Engine:
+    """anomalib's engine on one CPU, without a word."""
+    quiet = {"logger": False, "enable_progress_bar": False, "enable_model_summary": False}
+    return Engine(**{"default_root_dir": folder, "accelerator": "cpu", "devices": 1, **quiet, **arguments})
 
 
 def png_chunk(kind: bytes, content: bytes) -> bytes:

@@ -8,21 +8,15 @@ import numpy as np
 import pytest
 import skimage.data
 from anomalib.data import Folder
-from anomalib.engine import Engine
 from PIL import Image
 
 from anomalib_dskd import Dskd
 from anomalib_dskd.post_processing import NormalQuantilePostProcessor
-from tests.conftest import TEACHER
+from tests.conftest import TEACHER, engine
 
 MODEL_SIZE = (75, 100)  # no multiple of the strides
 ARGUMENTS = {"teacher": TEACHER, "image_size": MODEL_SIZE, "sigma": 2.0, "visualizer": False, "seed": 0}
 NORMAL_QUANTILE, IMAGE_SENSITIVITY = 0.8, 0.45
-
-
-def engine(folder: Path, **arguments) -> Engine:
-    quiet = {"logger": False, "enable_progress_bar": False, "enable_model_summary": False, "barebones": False}
-    return Engine(default_root_dir=folder, accelerator="cpu", devices=1, **quiet, **arguments)
 
 
 @dataclass(frozen=True)

@@ -21,8 +21,7 @@ from anomalib_dskd.benchmark.report import write_report
 from anomalib_dskd.cli import main
 from anomalib_dskd.data.arguments import check_names
 from anomalib_dskd.errors import ArgumentError, CheckpointError, DataError, TeacherWeightsError
-from tests.conftest import TEACHER
-from tests.integration.conftest import engine
+from tests.conftest import TEACHER, engine
 
 ARGUMENTS = {"teacher": TEACHER, "image_size": 64, "sigma": 2.0, "visualizer": False}
 

@@ -8,13 +8,12 @@ import openvino
 import pytest
 import torch
 from anomalib.deploy import CompressionType
-from anomalib.engine import Engine
 
 from anomalib_dskd import Afkd, Dskd, Dtgd, MagneticTile, Tad
 from anomalib_dskd.errors import ArgumentError
 from anomalib_dskd.models.distillation.lightning_model import DistillationMixin
 from anomalib_dskd.quantization import calibration_images, first_convolutions, map_operations, quantize_networks
-from tests.conftest import TEACHER
+from tests.conftest import TEACHER, engine
 
 pytestmark = pytest.mark.filterwarnings("ignore")  # the libraries' own, in training and export
 SIZE = (64, 64)
@@ -36,9 +35,7 @@ def trained(kind: type, data: MagneticTile, teacher_weights: Path, root: Path, *
         visualizer=False,
         **arguments,
     )
-    Engine(default_root_dir=root, max_epochs=10, check_val_every_n_epoch=10, accelerator="cpu", logger=False).fit(
-        model, datamodule=data
-    )
+    engine(root, max_epochs=10, check_val_every_n_epoch=10).fit(model, datamodule=data)
     model.post_processor.enable_normalization = False  # it clamps what is compared here
     return model
 

@@ -12,7 +12,8 @@ from anomalib.data.utils import read_image
 
 from anomalib_dskd import Dskd
 from anomalib_dskd.post_processing import NormalQuantilePostProcessor
-from tests.integration.conftest import ARGUMENTS, IMAGE_SENSITIVITY, NORMAL_QUANTILE, Trained, engine
+from tests.conftest import engine
+from tests.integration.conftest import ARGUMENTS, IMAGE_SENSITIVITY, NORMAL_QUANTILE, Trained
 
 
 def raw_scores(model: Dskd, paths: list[str]) -> np.ndarray:

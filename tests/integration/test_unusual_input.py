@@ -14,8 +14,7 @@ from PIL import Image
 from anomalib_dskd import Dskd
 from anomalib_dskd.errors import DataError, UnsafeImageError
 from anomalib_dskd.models.distillation import images as images_module
-from tests.conftest import write_bomb
-from tests.integration.conftest import engine
+from tests.conftest import engine, write_bomb
 
 ASTRONAUT = Image.fromarray(skimage.data.astronaut())
 PICTURES = {

@@ -6,7 +6,6 @@ from pathlib import Path
 
 import pytest
 import torch
-from anomalib.engine import Engine
 from anomalib.models import get_model, list_models
 from anomalib.models.components import AnomalibModule
 from lightning import Callback
@@ -16,7 +15,7 @@ from anomalib_dskd import Afkd, Dskd, Dtgd, MagneticTile, Tad
 from anomalib_dskd.components.teacher import Teacher
 from anomalib_dskd.errors import ArgumentError, NotTrainedError
 from anomalib_dskd.models.distillation.lightning_model import DistillationMixin
-from tests.conftest import TEACHER, differing
+from tests.conftest import TEACHER, differing, engine
 
 ARGUMENTS = {Afkd: {}, Dskd: {}, Dtgd: {}, Tad: {"assistant": "test_efficientnet"}}
 STUDENTS = {
@@ -37,11 +36,6 @@ every_model = pytest.mark.parametrize("kind", list(ARGUMENTS), ids=lambda kind: 
 def build(kind: type[AnomalibModule], weights: Path | str | None, **arguments) -> AnomalibModule:
     common = {"teacher": TEACHER, "image_size": 64, "sigma": 2.0, "seed": 0, "visualizer": False}
     return kind(**{**common, **ARGUMENTS[kind], "teacher_weights": weights, **arguments})
-
-
-def engine(folder: Path, **arguments) -> Engine:
-    quiet = {"logger": False, "enable_progress_bar": False, "enable_model_summary": False, "barebones": False}
-    return Engine(default_root_dir=folder, accelerator="cpu", devices=1, **quiet, **arguments)
 
 
 def fit(

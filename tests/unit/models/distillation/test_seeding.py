@@ -7,14 +7,13 @@ import numpy as np
 import pytest
 import torch
 from anomalib.data import ImageBatch
-from anomalib.engine import Engine
 from lightning import Callback
 from torch.utils.data import DataLoader, RandomSampler, SequentialSampler
 from torchvision.transforms import v2
 
 from anomalib_dskd import Dskd, MagneticTile
 from anomalib_dskd.errors import ArgumentError
-from tests.conftest import TEACHER, differing
+from tests.conftest import TEACHER, differing, engine
 
 BATCHES = 2  # of four images, in an epoch
 EPOCHS = 3
@@ -59,13 +58,11 @@ class Noise(v2.Transform):
 
 def fit(folder: Path, root: Path, weights: Path, *callbacks: Callback, data=None, trainer=None, ckpt=None, **arguments):
     model = Dskd(**SMALL, teacher_weights=weights, **arguments)
-    quiet = {"logger": False, "enable_progress_bar": False, "enable_model_summary": False}
-    settings = {"accelerator": "cpu", "devices": 1, "max_epochs": EPOCHS, **quiet, **(trainer or {})}
+    settings = {"callbacks": list(callbacks), "max_epochs": EPOCHS, **(trainer or {})}
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")
-        engine = Engine(default_root_dir=folder, callbacks=list(callbacks), **settings)
         module = MagneticTile(root, **{"train_batch_size": 4, "num_workers": 0, **(data or {})})
-        engine.fit(model, datamodule=module, ckpt_path=ckpt)
+        engine(folder, **settings).fit(model, datamodule=module, ckpt_path=ckpt)
     return model
 
 
@@ -163,11 +160,11 @@ def test_a_sampler_of_ones_own_is_left_alone(magnetic_tile_root, teacher_weights
     counts = {}
     for module in (Sequential, Chosen):
         model = Dskd(**SMALL, teacher_weights=teacher_weights, seed=0)
-        record, quiet = Record(), {"logger": False, "enable_progress_bar": False, "limit_val_batches": 0}
+        record = Record()
         with warnings.catch_warnings():
             warnings.simplefilter("ignore")
-            engine = Engine(default_root_dir=tmp_path, callbacks=[record], accelerator="cpu", max_epochs=2, **quiet)
-            engine.fit(model, datamodule=module(magnetic_tile_root))
+            two_epochs = engine(tmp_path, callbacks=[record], max_epochs=2, limit_val_batches=0)
+            two_epochs.fit(model, datamodule=module(magnetic_tile_root))
         counts[module] = len(record.batches)
         if module is Sequential:
             assert record.batches[0, 0] == record.batches[1, 0]

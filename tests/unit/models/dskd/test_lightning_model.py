@@ -8,7 +8,6 @@ import numpy as np
 import pytest
 import torch
 from anomalib.data import ImageBatch, PredictDataset
-from anomalib.engine import Engine
 from anomalib.pre_processing import PreProcessor
 from lightning import Callback, LightningModule
 from PIL import Image
@@ -19,16 +18,11 @@ from anomalib_dskd.components.feature_cache import FeatureCache
 from anomalib_dskd.data import magnetic_tile
 from anomalib_dskd.errors import ArgumentError, DataError, DivergedError, NotTrainedError, TeacherWeightsError
 from anomalib_dskd.evaluation import RawScoreEvaluator
-from tests.conftest import TEACHER
+from tests.conftest import TEACHER, engine
 
 
 def defaults(function) -> dict:
     return {name: parameter.default for name, parameter in inspect.signature(function).parameters.items()}
-
-
-def engine(folder: Path, **arguments) -> Engine:
-    quiet = {"logger": False, "enable_progress_bar": False, "enable_model_summary": False, "barebones": False}
-    return Engine(default_root_dir=folder, accelerator="cpu", devices=1, **quiet, **arguments)
 
 
 @pytest.fixture(scope="module")

@@ -5,7 +5,6 @@ from pathlib import Path
 import pytest
 import torch
 from anomalib.data import ImageBatch
-from anomalib.engine import Engine
 from lightning import Callback, Trainer
 from torch.nn.modules.batchnorm import _BatchNorm
 
@@ -15,7 +14,7 @@ from anomalib_dskd.components.feature_cache import FeatureCache
 from anomalib_dskd.errors import ArgumentError, NotTrainedError
 from anomalib_dskd.models.tad.lightning_model import is_assistants_epoch
 from anomalib_dskd.models.tad.loss import entropy_loss, guidance_losses
-from tests.conftest import TEACHER
+from tests.conftest import TEACHER, engine
 
 ASSISTANT = "test_efficientnet"
 ABLATIONS = [{}, {"assistant": None}, {"inverse_weight": 0.0}, {"guidance": "equal"}]
@@ -24,11 +23,6 @@ ABLATIONS = [{}, {"assistant": None}, {"inverse_weight": 0.0}, {"guidance": "equ
 def build(weights: Path | str | None, **arguments) -> Tad:
     common = {"teacher": TEACHER, "assistant": ASSISTANT, "image_size": 64, "sigma": 2.0, "seed": 0}
     return Tad(**{**common, "teacher_weights": weights, "visualizer": False, **arguments})
-
-
-def engine(folder: Path, **arguments) -> Engine:
-    quiet = {"logger": False, "enable_progress_bar": False, "enable_model_summary": False, "barebones": False}
-    return Engine(default_root_dir=folder, accelerator="cpu", devices=1, **quiet, **arguments)
 
 
 def fit(model: Tad, root: Path, folder: Path, *, checkpoint: Path | None = None, **trainer) -> Tad:
