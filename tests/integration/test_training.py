@@ -88,7 +88,7 @@ def wait_for_saves(number: int, folder: Path, process: BaseProcess) -> None:
         times.update(path.stat().st_mtime_ns for path in checkpoints(folder))
         return len(times) >= number
 
-    wait_until(enough, process)
+    assert wait_until(enough, process) or not process.is_alive()
 
 
 def slow_disk() -> None:
