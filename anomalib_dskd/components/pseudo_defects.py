@@ -67,7 +67,6 @@ class PseudoDefects:
         # in the memory format of the images, which a convolution's speed depends on
         return torch.empty_like(images).copy_(torch.where(masks > 0, normalised, images)), masks
 
-    @torch.no_grad()
     def _damage(self, image: Tensor, name: str | None, epoch: int) -> tuple[Tensor, Tensor]:
         # mixed precision would turn the noise in bfloat16
         with seeded(self._number(image, name, epoch)), torch.autocast("cpu", enabled=False):

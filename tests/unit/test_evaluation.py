@@ -65,6 +65,14 @@ def test_figures_equal_scikit_learns_and_a_plain_aupros_on_raw_scores(batches):
     assert figures["pixel_AUPRO"] == pytest.approx(plain_aupro(maps, masks), abs=1e-4)
 
 
+def test_raw_scores_are_shares_of_the_largest_and_rounding_errors_are_cut(batches):
+    values = torch.tensor([[-0.001], [0.5], [2.0], [2.001]])
+    predictions = InferenceBatch(pred_score=values, anomaly_map=values.view(4, 1, 1, 1))
+    keep_raw_scores(batches[0], predictions, largest=2.0)
+    assert batches[0].raw_pred_score.flatten().tolist() == [0, 0.25, 1, 1]
+    assert batches[0].raw_anomaly_map.flatten().tolist() == [0, 0.25, 1, 1]
+
+
 def test_f1_is_that_of_the_thresholds(batches):
     scores = torch.cat([batch.pred_score for batch in batches])
     truth = torch.cat([batch.gt_label for batch in batches]).bool()

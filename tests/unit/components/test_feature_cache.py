@@ -115,19 +115,24 @@ def test_it_stays_on_while_it_fills_and_while_it_finds():
     assert cache.is_on
     assert len(cache) == 4
     cache(batch(2, seed=0))
-    cache(batch(3, seed=3))  # one that mostly does not
+    cache(batch(2, seed=3))  # one that does for half of them
+    cache.end_epoch()
+    assert cache.is_on
+    cache(batch(1, seed=0))
+    cache(batch(2, seed=3))  # one that mostly does not
     cache.end_epoch()
     assert not cache.is_on
 
 
-def test_what_memory_does_not_hold_goes_to_a_file_and_comes_back(monkeypatch):
+@pytest.mark.parametrize(("budget", "held"), [(1.9, 0), (2, 2), (3, 2), (4, 4), (100, 8)])  # images, in blocks of two
+def test_what_memory_does_not_hold_goes_to_a_file_and_comes_back(budget, held, monkeypatch):
     monkeypatch.setattr(feature_cache, "BLOCK", 2)
     row = 2 * (3 * 2 * 2 + 3)  # bytes of an image's features in float16
     network, images = Counting(), batch(7)
-    cache = FeatureCache(network, images=7, memory=3 * row / 2**30)  # one block of two images fits, not two
+    cache = FeatureCache(network, images=7, memory=budget * row / 2**30)
     cache(images)
-    assert cache.bytes_in_memory == 2 * row
-    assert cache.bytes_on_disk == 6 * row
+    assert cache.bytes_in_memory == held * row
+    assert cache.bytes_on_disk == (8 - held) * row
     again = cache(images)
     assert network.images == 7
     for mine, theirs in zip(again, Counting()(images), strict=True):

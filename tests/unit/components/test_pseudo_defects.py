@@ -110,6 +110,15 @@ def test_images_are_damaged_with_the_given_probability():
     assert torch.equal(damaged[~is_damaged], many[~is_damaged])
 
 
+def test_damage_stays_within_what_an_image_can_show():
+    painter = defects()
+    painter.generator = lambda image: (torch.stack([image[0] + 2, image[1] - 2, image[2]]), torch.ones(1, 64, 48))
+    damaged, _ = painter(images(1), PATHS[:1], epoch=0)
+    bright, dark, same = damaged[0] * torch.tensor(STD).view(3, 1, 1) + torch.tensor(MEAN).view(3, 1, 1)
+    torch.testing.assert_close((bright, dark), (torch.ones(64, 48), torch.zeros(64, 48)))
+    assert same.std() > 0.1
+
+
 def test_mixed_precision_and_memory_format_change_nothing():
     expected, masks = defects()(images(), PATHS, epoch=0)
     with torch.autocast("cpu", torch.bfloat16):

@@ -400,3 +400,13 @@ def test_data_without_labels_is_refused_by_name(root):
     (finding,) = check_data(data)
     assert (finding.severity, finding.kind) == ("error", "no-labels")
     assert "Folder has no label of each image" in finding.message
+
+
+def test_masks_in_several_folders_are_named_too(root):
+    for name in ("bad", "mask"):
+        (root / f"{name}2").mkdir()
+        (root / name / "2.png").rename(root / f"{name}2" / "7.png")
+    several = {"abnormal_dir": ["bad", "bad2"], "mask_dir": ["mask", "mask2"]}
+    assert found(root, **several) == {}
+    (root / "mask2" / "7.png").unlink()
+    assert found(root, **several) == {"setup": ("error", []), "no-mask": ("error", ["7.png"])}

@@ -52,7 +52,7 @@ def test_defects_are_the_five_published_classes():
     assert DEFECTS == ("Blowhole", "Break", "Crack", "Fray", "Uneven")
 
 
-@pytest.mark.parametrize(("test_ratio", "kept"), [(0.2, 2), (0.3, 3), (0.5, 5), (0.9, 9)])
+@pytest.mark.parametrize(("test_ratio", "kept"), [(0.1, 1), (0.2, 2), (0.3, 3), (0.5, 5), (0.9, 9)])
 def test_split_keeps_the_given_share_of_good_tiles_for_the_test(magnetic_tile_root, test_ratio, kept):
     data = set_up(magnetic_tile_root, test_ratio=test_ratio)
     assert Counter(data.train_data.samples.label) == {"Free": 10 - kept}

@@ -159,6 +159,35 @@ def test_foreign_texture_is_the_next_category(folder):
             assert not np.array_equal(run, original[row, left : left + 8])
 
 
+@pytest.mark.parametrize("seed", range(20))
+def test_blobs_and_strokes_have_the_sizes_that_they_say(seed):
+    blob, stroke = (shape(np.random.default_rng(seed)) for shape in (texture_defects._blob, texture_defects._stroke))
+    assert 0.065 < np.sqrt(blob.sum() / np.pi) / SIDE < 0.135  # as the radius of a disk
+    assert not blob[:8].any() | blob[-8:].any() | blob[:, :8].any() | blob[:, -8:].any()
+    rows, columns = np.nonzero(stroke)
+    assert 0.29 < np.hypot(np.ptp(rows) - 2, np.ptp(columns) - 2) / SIDE < 0.71
+    assert stroke[1:-1, 1:-1].sum() == stroke.sum() > 3 * 0.29 * SIDE
+
+
+def test_painting_is_that_of_version_1(tmp_path):
+    """Whoever changes the painting raises ``VERSION``, so that crops of before are not taken for new ones."""
+    assert texture_defects.VERSION == 1
+    folder = written(tmp_path, category="brick")
+    expected = {  # pixels of the defect, its centre, and its mean gray
+        "stain/000": (548, (96.9, 87.9), 51.2),
+        "scratch/001": (317, (73.0, 47.0), 235.0),
+        "foreign/002": (773, (50.0, 60.4), 107.2),
+        "stain/003": (637, (37.6, 44.4), 57.0),
+        "scratch/004": (299, (55.0, 71.0), 25.0),
+        "foreign/005": (718, (36.9, 37.7), 100.7),
+    }
+    for name, (pixels, centre, gray) in expected.items():
+        mask = read(folder / "ground_truth" / f"{name}_mask.png") > 0
+        assert mask.sum() == pytest.approx(pixels, abs=3)  # rounding may differ between processors
+        assert np.argwhere(mask).mean(axis=0) == pytest.approx(centre, abs=0.2)
+        assert read(folder / "test" / f"{name}.png")[mask].mean() == pytest.approx(gray, abs=1)
+
+
 # --- seeds ------------------------------------------------------------------------------------------------------
 
 

@@ -53,6 +53,14 @@ def test_meeting_of_two_levels_by_hand():
     assert second([shallow, deep]).tolist() == [[[[4.5]]]]  # with 1, under the middle of the stride-2 kernel
 
 
+@pytest.mark.parametrize("source", [0, 1])
+def test_the_level_itself_and_deeper_ones_pass_a_convolution(source):
+    level = transparent(FusedLevel([FeatureLevel(1, 4, False), FeatureLevel(1, 4, False)], 0, weights="equal"))
+    level.paths[source][0].weight.data *= 3
+    made = [part.item() for part in level.sources([torch.full((1, 1, 1, 1), 2.0)] * 2)]
+    assert made == ([6.0, 2.0] if source == 0 else [2.0, 6.0])
+
+
 def test_deeper_levels_are_resized_bilinearly():
     levels = [FeatureLevel(1, 4, False), FeatureLevel(1, 8, False)]
     level = transparent(FusedLevel(levels, 0, weights="equal"))

@@ -14,10 +14,12 @@ from PIL import Image
 from torchvision.transforms.v2 import Normalize, Resize
 
 from anomalib_dskd import Dskd, MagneticTile
+from anomalib_dskd.components.anomaly_map import AnomalyMapGenerator
 from anomalib_dskd.components.feature_cache import FeatureCache
 from anomalib_dskd.data import magnetic_tile
 from anomalib_dskd.errors import ArgumentError, DataError, DivergedError, NotTrainedError, TeacherWeightsError
 from anomalib_dskd.evaluation import RawScoreEvaluator
+from anomalib_dskd.models.dskd.loss import DskdLoss
 from tests.conftest import TEACHER, engine
 
 
@@ -51,7 +53,10 @@ def test_every_value_of_the_paper_is_the_default():
     assert model["map_layers"] is None  # Table 9: all
     assert model["embedding_blocks"] == 2  # Table 6, by the parameter count
     assert tuple(Dskd().input_size) == (256, 256)  # section 4.1.2
-    assert data["train_batch_size"] == 16  # our choice
+    assert (data["train_batch_size"], data["test_ratio"], data["seed"]) == (16, 0.2, 0)  # our choice
+    assert defaults(DskdLoss.__init__)["l2_weight"] == model["l2_weight"]
+    parts = defaults(AnomalyMapGenerator.__init__)
+    assert (parts["l2_weight"], parts["sigma"]) == (model["l2_weight"], model["sigma"])
 
 
 def test_optimiser_is_the_papers_and_leaves_the_teacher_out(tiny_model):
