@@ -14,6 +14,7 @@ import numpy as np
 from anomalib import TaskType
 from anomalib.data import AnomalibDataModule
 from anomalib.data.utils import read_depth_image
+from anomalib.data.utils.synthetic import SyntheticAnomalyDataset
 from numpy.typing import NDArray
 from PIL import ExifTags, Image, ImageStat
 
@@ -173,7 +174,10 @@ def _datasets(data: AnomalibDataModule) -> dict[str, Any]:
 
 def _samples(data: AnomalibDataModule) -> Iterator[_Sample]:
     for split, dataset in _datasets(data).items():
-        for sample in dataset.samples.itertuples():
+        # of pseudo-defects the pictures that anomalib has painted on; the painted ones are its own, in temporary files
+        are_painted = isinstance(dataset, SyntheticAnomalyDataset)
+        samples = dataset.source_samples if are_painted else dataset.samples
+        for sample in samples.itertuples():
             yield _Sample(
                 split,
                 str(sample.image_path),

@@ -338,6 +338,20 @@ def test_every_image_is_looked_at_once(root):
     assert len(seen) == len(set(seen)) == 12 + 3 + 3
 
 
+@pytest.mark.parametrize("split", ["val", "test"])
+def test_pseudo_defects_stand_for_the_pictures_that_they_are_painted_on(split, root):
+    settings = {f"{split}_split_mode": "synthetic", f"{split}_split_ratio": 0.5}
+    if split == "test":
+        settings |= {"abnormal_dir": None, "normal_test_dir": None, "mask_dir": None}
+    seen = []
+    findings = check_data(module(root, **settings), progress=lambda paths: seen.extend(paths) or iter(paths))
+    expected = {
+        path for folder in ["good", "test", "bad"][: 3 if split == "val" else 1] for path in (root / folder).iterdir()
+    }
+    assert set(map(Path, seen)) == expected
+    assert {finding.kind for finding in findings} <= {"few-training-images"}
+
+
 def test_masks_of_mvtec_ads_layout_are_named_too(root, tmp_path):
     category = tmp_path / "mvtec" / "bottle"
     shutil.copytree(root / "good", category / "train" / "good")
