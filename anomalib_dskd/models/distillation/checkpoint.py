@@ -2,6 +2,8 @@
 
 import contextlib
 import io
+import logging
+import math
 import os
 import pickle
 from collections.abc import Iterator
@@ -11,11 +13,14 @@ from typing import Any
 import torch
 from anomalib.engine.plugins.checkpoint_io import AnomalibCheckpointIO
 from lightning import Trainer
+from lightning.pytorch.callbacks import ModelCheckpoint
 from lightning.pytorch.plugins.io import TorchCheckpointIO
 
 from anomalib_dskd.errors import CheckpointError
 
-__all__ = ["AtomicCheckpointIO", "handle_checkpoints", "named_errors"]
+__all__ = ["AtomicCheckpointIO", "handle_checkpoints", "name_best_checkpoint", "named_errors"]
+
+logger = logging.getLogger(__name__)
 
 
 class AtomicCheckpointIO(AnomalibCheckpointIO):
@@ -102,3 +107,26 @@ def handle_checkpoints(trainer: Trainer) -> None:
     current = trainer.strategy.checkpoint_io
     if type(current) in {TorchCheckpointIO, AnomalibCheckpointIO}:
         trainer.strategy.checkpoint_io = AtomicCheckpointIO(getattr(current, "extra_safe_globals", ()))
+
+
+def name_best_checkpoint(trainer: Trainer) -> None:
+    """After a training, warn if a figure that a callback watches was better in a checkpoint than it is at the end.
+
+    ``anomalib train`` without ``--ckpt_path`` goes on to test the last weights, whatever a callback has kept.
+    """
+    for callback in trainer.checkpoint_callbacks:
+        if not isinstance(callback, ModelCheckpoint) or callback.monitor is None or callback.best_model_score is None:
+            continue
+        best, last = float(callback.best_model_score), trainer.callback_metrics.get(callback.monitor)
+        if last is None or not math.isfinite(best):  # not a number is kept as infinity
+            continue
+        is_worse = last > best if callback.mode == "min" else last < best
+        if is_worse or last.isnan():
+            logger.warning(
+                "%s is %.4f at the end, and was better before: %.4f, the best since this start. `anomalib train` tests "
+                "the end; for the best, give --ckpt_path '%s' to `anomalib test`, `predict` and `export`.",
+                callback.monitor,
+                last.item(),
+                best,
+                callback.best_model_path,
+            )

@@ -43,10 +43,10 @@ from anomalib_dskd.models.distillation.arguments import (
     meaning,
     number_of_steps,
 )
-from anomalib_dskd.models.distillation.checkpoint import handle_checkpoints, named_errors
+from anomalib_dskd.models.distillation.checkpoint import handle_checkpoints, name_best_checkpoint, named_errors
 from anomalib_dskd.models.distillation.divergence import check_loss, check_weights
 from anomalib_dskd.models.distillation.images import check_images, warn_of_flat_images
-from anomalib_dskd.models.distillation.seeding import seed_epoch, start_loader_anew
+from anomalib_dskd.models.distillation.seeding import seed_epoch, seed_pseudo_defects, start_loader_anew
 from anomalib_dskd.models.distillation.torch_model import DistillationModel
 from anomalib_dskd.post_processing import NormalQuantilePostProcessor
 from anomalib_dskd.pre_processing import create_pre_processor
@@ -114,6 +114,8 @@ class DistillationMixin(Base):
         data = getattr(self.trainer, "datamodule", None)
         if isinstance(data, AnomalibDataModule):
             check_names(data)
+            if self.options.seed is not None:
+                seed_pseudo_defects(data, self.options.seed)
             check_data_files(data, SPLITS[TrainerFn(stage)])
             if stage == TrainerFn.FITTING:
                 cache_training_images(data, memory=self.options.image_cache)
@@ -155,6 +157,11 @@ class DistillationMixin(Base):
     def on_train_end(self) -> None:
         """Free the room that the teacher's features took."""
         self.model.teacher_cache = None
+
+    def on_fit_end(self) -> None:
+        """Name the best checkpoint where the last weights are worse."""
+        if self.trainer.is_global_zero:
+            name_best_checkpoint(self.trainer)
 
     def load_teacher_weights(self) -> None:
         """Find and load the teacher's pretrained weights; training does this by itself.
@@ -437,7 +444,10 @@ class DistillationMixin(Base):
             ArgumentError: arguments that results depend on differ, or a training cannot go on as it was planned.
         """
         super().on_load_checkpoint(checkpoint)
-        # figures may be measured with other metrics than in training; anomalib's AUPRO leaves a buffer in the state
+        # figures may be measured with other metrics than in training; anomalib's AUPRO leaves a buffer in the model's
+        # state, and in that of the evaluator as a callback
+        if isinstance(self.evaluator, Evaluator):
+            checkpoint.get("callbacks", {}).pop(self.evaluator.state_key, None)
         trained = {name: value for name, value in checkpoint["state_dict"].items() if not name.startswith("evaluator.")}
         own = {name: value for name, value in self.state_dict().items() if name.startswith("evaluator.")}
         checkpoint["state_dict"] = {**trained, **own}

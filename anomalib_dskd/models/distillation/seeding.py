@@ -5,10 +5,13 @@ from typing import Any
 
 import numpy as np
 import torch
+from anomalib.data import AnomalibDataModule
+from anomalib.data.utils.synthetic import SyntheticAnomalyDataset
 from lightning import Trainer
+from lightning.pytorch.utilities.seed import isolate_rng
 from torch.utils.data import BatchSampler, DataLoader, DistributedSampler, RandomSampler
 
-__all__ = ["seed_epoch", "start_loader_anew"]
+__all__ = ["seed_epoch", "seed_pseudo_defects", "start_loader_anew"]
 
 
 def seed_epoch(trainer: Trainer, loader: DataLoader[Any], seed: int) -> None:
@@ -36,6 +39,26 @@ def seed_epoch(trainer: Trainer, loader: DataLoader[Any], seed: int) -> None:
             batches.sampler = DistributedSampler(loader.dataset, num_replicas=1, rank=0, seed=seed)
         if isinstance(batches.sampler, DistributedSampler):
             batches.sampler.set_epoch(trainer.current_epoch)
+
+
+def seed_pseudo_defects(data: AnomalibDataModule, seed: int) -> None:
+    """Draw the pseudo-defects of synthetic validation and test sets anew, as a function of ``seed`` and the pictures.
+
+    anomalib draws them when a data module is set up, from generators that no one has seeded by then: a resumed training
+    would be watched by other figures than before, and several processes each by their own.
+
+    Args:
+        data: has been set up.
+        seed: whole number from 0 up.
+    """
+    for name in ("val_data", "test_data"):
+        dataset = getattr(data, name, None)
+        if isinstance(dataset, SyntheticAnomalyDataset):
+            with isolate_rng():
+                np.random.seed(seed)
+                torch.manual_seed(seed)
+                drawn = SyntheticAnomalyDataset(dataset.augmentations, dataset.source_samples, data.name)
+            setattr(data, name, drawn)
 
 
 def start_loader_anew(trainer: Trainer) -> None:

@@ -1,14 +1,20 @@
 import os
+import warnings
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 import torch
+from anomalib.callbacks import ModelCheckpoint
 from anomalib.engine.plugins.checkpoint_io import AnomalibCheckpointIO
 from lightning import Trainer
+from lightning.pytorch.callbacks import ModelCheckpoint as LightningCheckpoint
 from lightning.pytorch.plugins.io import AsyncCheckpointIO, TorchCheckpointIO
 
+from anomalib_dskd import MagneticTile
 from anomalib_dskd.errors import CheckpointError
-from anomalib_dskd.models.distillation.checkpoint import AtomicCheckpointIO, handle_checkpoints
+from anomalib_dskd.models.distillation.checkpoint import AtomicCheckpointIO, handle_checkpoints, name_best_checkpoint
+from tests.conftest import engine
 
 
 def contents(folder: Path) -> dict[str, bytes]:
@@ -73,3 +79,38 @@ def test_a_users_own_way_of_saving_is_left_alone(given, used):
     assert type(trainer.strategy.checkpoint_io) is used
     if isinstance(given, AnomalibCheckpointIO):
         assert trainer.strategy.checkpoint_io.extra_safe_globals == [Path]
+
+
+def test_the_best_checkpoint_is_named_where_the_last_is_worse(tiny_model, magnetic_tile_root, tmp_path, caplog):
+    # the loss falls, so that its largest value is that of the first epoch
+    callback = ModelCheckpoint(dirpath=tmp_path, filename="{epoch}", monitor="train_loss", mode="max")
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")
+        data = MagneticTile(magnetic_tile_root, train_batch_size=4)
+        engine(tmp_path, max_epochs=3, callbacks=[callback]).fit(tiny_model, datamodule=data)
+    (message,) = [record.getMessage() for record in caplog.records if "better before" in record.getMessage()]
+    assert f"--ckpt_path '{tmp_path / 'epoch=0.ckpt'}'" in message
+    assert torch.load(tmp_path / "epoch=0.ckpt", weights_only=False)["epoch"] == 0
+
+
+@pytest.mark.parametrize(
+    ("monitor", "mode", "best", "last", "is_told"),
+    [
+        ("auroc", "max", 0.9, 0.8, True),
+        ("auroc", "max", 0.8, 0.9, False),  # the end was not among what is saved
+        ("auroc", "max", 0.9, 0.9, False),
+        ("loss", "min", 0.1, 0.2, True),
+        ("loss", "min", 0.2, 0.1, False),
+        ("auroc", "max", 0.9, float("nan"), True),
+        ("auroc", "max", float("-inf"), float("nan"), False),
+        ("auroc", "max", None, 0.9, False),
+        ("auroc", "max", 0.9, None, False),
+        (None, "min", None, 0.9, False),
+    ],
+)
+def test_what_is_no_worse_is_not_told(monitor, mode, best, last, is_told, caplog):
+    callback = LightningCheckpoint(monitor=monitor, mode=mode, save_top_k=1 if monitor else -1)
+    callback.best_model_score = None if best is None else torch.tensor(best, dtype=torch.float64)
+    metrics = {} if last is None else {monitor: torch.tensor(last, dtype=torch.float64)}
+    name_best_checkpoint(SimpleNamespace(checkpoint_callbacks=[callback], callback_metrics=metrics))
+    assert ("better before" in caplog.text) == is_told

@@ -6,13 +6,14 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
-from anomalib.data import ImageBatch
+from anomalib.data import Folder, ImageBatch
 from lightning import Callback
 from torch.utils.data import DataLoader, RandomSampler, SequentialSampler
 from torchvision.transforms import v2
 
 from anomalib_dskd import Dskd, MagneticTile
 from anomalib_dskd.errors import ArgumentError
+from anomalib_dskd.models.distillation.seeding import seed_pseudo_defects
 from tests.conftest import TEACHER, differing, engine
 
 BATCHES = 2  # of four images, in an epoch
@@ -169,3 +170,33 @@ def test_a_sampler_of_ones_own_is_left_alone(magnetic_tile_root, teacher_weights
         if module is Sequential:
             assert record.batches[0, 0] == record.batches[1, 0]
     assert counts == {Sequential: 2 * 2, Chosen: 2 * 10}
+
+
+@pytest.mark.parametrize("split", ["val", "test"])
+def test_pseudo_defects_depend_on_the_seed_alone(split, magnetic_tile_root):
+    def drawn(seed: int) -> list[tuple[float, float, int]]:
+        folders = {"normal_dir": "MT_Free/Imgs", "extensions": (".jpg",)}
+        if split == "val":
+            folders |= {"test_split_mode": "none"}
+        else:
+            folders |= {"test_split_mode": "synthetic", "test_split_ratio": 0.5, "val_split_mode": "same_as_test"}
+        data = Folder(
+            "tiles",
+            root=magnetic_tile_root,
+            **{"val_split_mode": "synthetic", "val_split_ratio": 0.5, **folders},
+            seed=0,
+        )
+        data.setup()
+        state = torch.get_rng_state(), np.random.get_state()[1].tolist()
+        seed_pseudo_defects(data, seed)
+        assert torch.equal(torch.get_rng_state(), state[0])
+        assert np.random.get_state()[1].tolist() == state[1]
+        sets = [data.val_data] if split == "val" else [data.val_data, data.test_data]
+        found = [
+            [(float(item.image.sum()), float(item.gt_mask.sum()), int(item.gt_label)) for item in part] for part in sets
+        ]
+        assert all(part == found[0] for part in found)
+        assert {label for *_, label in found[0]} == {0, 1}
+        return found[0]
+
+    assert drawn(3) == drawn(3) != drawn(4)

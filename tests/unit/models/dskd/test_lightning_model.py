@@ -20,7 +20,7 @@ from anomalib_dskd.data import magnetic_tile
 from anomalib_dskd.errors import ArgumentError, DataError, DivergedError, NotTrainedError, TeacherWeightsError
 from anomalib_dskd.evaluation import RawScoreEvaluator
 from anomalib_dskd.models.dskd.loss import DskdLoss
-from tests.conftest import TEACHER, engine
+from tests.conftest import TEACHER, differing, engine
 
 
 def defaults(function) -> dict:
@@ -288,10 +288,15 @@ def test_checkpoint_of_other_arguments_is_refused(trained, magnetic_tile_root, t
 @pytest.mark.parametrize(
     "evaluator", [False, True, RawScoreEvaluator(validation=True)], ids=["none", "default", "both"]
 )
-def test_checkpoint_loads_with_any_evaluator(trained, evaluator):
-    _, checkpoint = trained
-    model = Dskd.load_from_checkpoint(checkpoint, evaluator=evaluator)
-    assert model.model.is_trained
+def test_checkpoint_loads_with_any_evaluator(evaluator, trained, magnetic_tile_root, tmp_path):
+    model, checkpoint = trained
+    loaded = Dskd.load_from_checkpoint(checkpoint, evaluator=evaluator)
+    assert loaded.model.is_trained
+    built = Dskd(teacher=TEACHER, image_size=64, sigma=2.0, evaluator=evaluator, visualizer=False)
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")
+        engine(tmp_path).test(built, datamodule=MagneticTile(magnetic_tile_root), ckpt_path=checkpoint)
+    assert not differing(built.model.state_dict(), model.model.state_dict())
 
 
 @pytest.mark.parametrize(
