@@ -105,16 +105,17 @@ def check_headers(paths: Iterable[str | Path] | None) -> None:
 
 
 def check_data_files(data: AnomalibDataModule, splits: Iterable[str]) -> None:
-    """Apply :func:`check_header` to all images and masks of a data module's sets, before any is decoded.
+    """Apply :func:`check_header` to all images and masks of a data module's sets, before training decodes any.
+
+    Of pseudo-defects also to the images that they are painted on, which anomalib has decoded by then.
 
     Args:
         data: it has been set up.
         splits: the ones of ``train``, ``val`` and ``test`` to look at.
     """
-    for split in splits:
-        samples = getattr(getattr(data, f"{split}_data", None), "samples", None)
-        if samples is None:
-            continue
+    datasets = [getattr(data, f"{split}_data", None) for split in splits]
+    tables = [getattr(dataset, name, None) for dataset in datasets for name in ("samples", "source_samples")]
+    for samples in (table for table in tables if table is not None):
         check_headers(samples.image_path)
         for path in samples.get("mask_path", ()):
             if isinstance(path, str) and path:

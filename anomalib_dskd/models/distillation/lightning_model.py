@@ -114,9 +114,9 @@ class DistillationMixin(Base):
         data = getattr(self.trainer, "datamodule", None)
         if isinstance(data, AnomalibDataModule):
             check_names(data)
+            check_data_files(data, SPLITS[TrainerFn(stage)])
             if self.options.seed is not None:
                 seed_pseudo_defects(data, self.options.seed)
-            check_data_files(data, SPLITS[TrainerFn(stage)])
             if stage == TrainerFn.FITTING:
                 cache_training_images(data, memory=self.options.image_cache)
         handle_checkpoints(self.trainer)

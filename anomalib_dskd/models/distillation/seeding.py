@@ -6,6 +6,7 @@ from typing import Any
 import numpy as np
 import torch
 from anomalib.data import AnomalibDataModule
+from anomalib.data.utils import ValSplitMode
 from anomalib.data.utils.synthetic import SyntheticAnomalyDataset
 from lightning import Trainer
 from lightning.pytorch.utilities.seed import isolate_rng
@@ -42,23 +43,23 @@ def seed_epoch(trainer: Trainer, loader: DataLoader[Any], seed: int) -> None:
 
 
 def seed_pseudo_defects(data: AnomalibDataModule, seed: int) -> None:
-    """Draw the pseudo-defects of synthetic validation and test sets anew, as a function of ``seed`` and the pictures.
+    """Draw the pseudo-defects of a synthetic validation split anew, as a function of ``seed`` and the pictures.
 
     anomalib draws them when a data module is set up, from generators that no one has seeded by then: a resumed training
-    would be watched by other figures than before, and several processes each by their own.
+    would be watched by other figures than before, and several processes each by their own. A synthetic test set is
+    left as it is: it may have been divided since.
 
     Args:
         data: has been set up.
         seed: whole number from 0 up.
     """
-    for name in ("val_data", "test_data"):
-        dataset = getattr(data, name, None)
-        if isinstance(dataset, SyntheticAnomalyDataset):
-            with isolate_rng():
-                np.random.seed(seed)
-                torch.manual_seed(seed)
-                drawn = SyntheticAnomalyDataset(dataset.augmentations, dataset.source_samples, data.name)
-            setattr(data, name, drawn)
+    dataset = getattr(data, "val_data", None)
+    if data.val_split_mode != ValSplitMode.SYNTHETIC or not isinstance(dataset, SyntheticAnomalyDataset):
+        return
+    with isolate_rng():
+        np.random.seed(seed)
+        torch.manual_seed(seed)
+        data.val_data = SyntheticAnomalyDataset(dataset.augmentations, dataset.source_samples, data.name)
 
 
 def start_loader_anew(trainer: Trainer) -> None:

@@ -221,6 +221,10 @@ def test_all_files_of_the_sets_in_question_are_looked_at(tmp_path):
     for split in ("val", "test"):
         with pytest.raises(UnsafeImageError, match="bomb.png"):
             check_data_files(data, ["absent", split])
+    painted = SimpleNamespace(val_data=SimpleNamespace(source_samples=samples_of(image_path=[image, bomb]).samples))
+    painted.val_data.samples = samples_of(image_path=[image, image]).samples
+    with pytest.raises(UnsafeImageError, match="bomb.png"):
+        check_data_files(painted, ["val"])
     data.test_data.samples.mask_path = [deep, "gone.png"]
     check_data_files(data, ["test"])  # a mask may be deep, and what is not there is left to its reader
 

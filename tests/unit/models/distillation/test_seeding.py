@@ -172,31 +172,45 @@ def test_a_sampler_of_ones_own_is_left_alone(magnetic_tile_root, teacher_weights
     assert counts == {Sequential: 2 * 2, Chosen: 2 * 10}
 
 
-@pytest.mark.parametrize("split", ["val", "test"])
-def test_pseudo_defects_depend_on_the_seed_alone(split, magnetic_tile_root):
-    def drawn(seed: int) -> list[tuple[float, float, int]]:
-        folders = {"normal_dir": "MT_Free/Imgs", "extensions": (".jpg",)}
-        if split == "val":
-            folders |= {"test_split_mode": "none"}
-        else:
-            folders |= {"test_split_mode": "synthetic", "test_split_ratio": 0.5, "val_split_mode": "same_as_test"}
-        data = Folder(
-            "tiles",
-            root=magnetic_tile_root,
-            **{"val_split_mode": "synthetic", "val_split_ratio": 0.5, **folders},
-            seed=0,
-        )
-        data.setup()
-        state = torch.get_rng_state(), np.random.get_state()[1].tolist()
-        seed_pseudo_defects(data, seed)
-        assert torch.equal(torch.get_rng_state(), state[0])
-        assert np.random.get_state()[1].tolist() == state[1]
-        sets = [data.val_data] if split == "val" else [data.val_data, data.test_data]
-        found = [
-            [(float(item.image.sum()), float(item.gt_mask.sum()), int(item.gt_label)) for item in part] for part in sets
-        ]
-        assert all(part == found[0] for part in found)
-        assert {label for *_, label in found[0]} == {0, 1}
-        return found[0]
+def watched(data: Folder) -> list[tuple[float, float, int]]:
+    return [(float(item.image.sum()), float(item.gt_mask.sum()), int(item.gt_label)) for item in data.val_data]
 
-    assert drawn(3) == drawn(3) != drawn(4)
+
+def tiles(root: Path, **arguments) -> Folder:
+    settings = {"normal_dir": "MT_Free/Imgs", "extensions": (".jpg",), "num_workers": 0, "seed": 0}
+    return Folder("tiles", root=root, **{**settings, "val_split_ratio": 0.5, **arguments})
+
+
+def test_a_training_draws_its_pseudo_defects_from_the_seed(magnetic_tile_root, teacher_weights, tmp_path):
+    def drawn(seed: int, before: int) -> list[tuple[float, float, int]]:
+        torch.manual_seed(before)
+        np.random.seed(before)
+        data = tiles(magnetic_tile_root, test_split_mode="none", val_split_mode="synthetic")
+        model = Dskd(**SMALL, teacher_weights=teacher_weights, seed=seed, visualizer=False)
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore")
+            engine(tmp_path, max_epochs=1).fit(model, datamodule=data)
+        return watched(data)
+
+    first, same, other = drawn(3, before=1), drawn(3, before=2), drawn(4, before=1)
+    assert {label for *_, label in first} == {0, 1}
+    assert first == same != other
+
+
+def test_drawing_pseudo_defects_disturbs_no_generator(magnetic_tile_root):
+    data = tiles(magnetic_tile_root, test_split_mode="none", val_split_mode="synthetic")
+    data.setup()
+    expected = watched(data), torch.get_rng_state().tolist(), np.random.get_state()[1].tolist()
+    seed_pseudo_defects(data, 5)
+    assert torch.get_rng_state().tolist() == expected[1]
+    assert np.random.get_state()[1].tolist() == expected[2]
+    assert watched(data) != expected[0]
+
+
+@pytest.mark.parametrize("mode", ["from_test", "same_as_test"])
+def test_a_synthetic_test_set_stays_as_it_was_divided(mode, magnetic_tile_root):
+    data = tiles(magnetic_tile_root, test_split_mode="synthetic", test_split_ratio=0.5, val_split_mode=mode)
+    data.setup()
+    sets = data.val_data, data.test_data
+    seed_pseudo_defects(data, 5)
+    assert (data.val_data, data.test_data) == sets
