@@ -18,7 +18,7 @@ from pathlib import Path
 import numpy as np
 from PIL import Image
 
-KEPT = {"nothing": 0.0, "0.05 GiB each of images and features": 0.05, "1 GiB each (default)": 1.0}
+KEPT = {"nothing": 0.0, "0.05 GiB": 0.05, "1 GiB": 1.0}  # of images, and as much of features; the last is the default
 STATUS = Path("/proc/self/status")
 EPOCHS = 2  # the second takes what the first has kept
 
@@ -92,6 +92,7 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--weights", required=True, help="file with the weights of resnet18.tv_in1k")
     parser.add_argument("--images", type=int, nargs="+", default=[200, 1000, 5000])
+    parser.add_argument("--kept", nargs="+", choices=KEPT, default=list(KEPT))
     parser.add_argument("--size", type=int, default=64, help="height and width")
     parser.add_argument("--batch", type=int, default=16)
     options = parser.parse_args()
@@ -104,12 +105,12 @@ def main() -> None:
             folders[images] = Path(root) / str(images)
             (folders[images] / "good").mkdir(parents=True)
             write_pictures(folders[images] / "good", images, options.size)
-        for name, kept in KEPT.items():
+        for name in options.kept:
             peaks = []
             for folder in folders.values():
                 with ProcessPoolExecutor(1, mp_context=get_context("spawn")) as process:
                     peaks.append(
-                        process.submit(train, folder, options.weights, options.size, options.batch, kept).result()
+                        process.submit(train, folder, options.weights, options.size, options.batch, KEPT[name]).result()
                     )
             print(f"| {name} |", " | ".join(f"{peak:.0f}" for peak in peaks), "|", flush=True)
 

@@ -18,7 +18,7 @@ PATIENCE = 4  # looks
 def base(teacher_weights: Path, magnetic_tile_root: Path, tmp_path_factory) -> Path:
     """A configuration whose students learn too slowly for any figure to change."""
     model = {"teacher": TEACHER, "teacher_weights": str(teacher_weights), "layers": [1, 2], "image_size": 64}
-    model |= {"sigma": 2.0, "seed": 0, "learning_rate": 1e-12}
+    model |= {"sigma": 2.0, "seed": 0, "learning_rate": 1e-30}
     data = {"root": str(magnetic_tile_root), "train_batch_size": 2}
     written = {
         "model": {"class_path": "anomalib_dskd.Dskd", "init_args": model},
