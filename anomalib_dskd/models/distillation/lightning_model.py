@@ -114,8 +114,9 @@ class DistillationMixin(Base):
         data = getattr(self.trainer, "datamodule", None)
         if isinstance(data, AnomalibDataModule):
             check_names(data)
-            check_data_files(data, SPLITS[TrainerFn(stage)])
-            if self.options.seed is not None:
+            splits = SPLITS[TrainerFn(stage)]
+            check_data_files(data, splits)
+            if "val" in splits and self.options.seed is not None:
                 seed_pseudo_defects(data, self.options.seed)
             if stage == TrainerFn.FITTING:
                 cache_training_images(data, memory=self.options.image_cache)
