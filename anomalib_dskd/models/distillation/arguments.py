@@ -55,6 +55,7 @@ class TrainingOptions:
     betas: tuple[float, float]
     weight_decay: float
     batch_norm_images: int
+    ema_decay: float
     teacher_cache: float
     image_cache: float
     seed: int | None
@@ -73,6 +74,15 @@ class TrainingOptions:
             msg = (
                 f"batch_norm_images {self.batch_norm_images!r} must be a whole number of images, or 0 for running "
                 "averages."
+            )
+            raise ArgumentError(msg)
+        if not 0 <= self.ema_decay < 1:
+            msg = f"ema_decay {self.ema_decay!r} must be a number from 0, for no average, up to, not including, 1."
+            raise ArgumentError(msg)
+        if self.ema_decay > 0 and self.batch_norm_images == 0:
+            msg = (
+                f"ema_decay {self.ema_decay!r} with batch_norm_images 0: averaged weights need batch-norm statistics "
+                "of their own. Give batch_norm_images above 0, such as 256, or ema_decay 0."
             )
             raise ArgumentError(msg)
         if not (math.isfinite(self.learning_rate) and self.learning_rate > 0):

@@ -26,6 +26,7 @@ from typing_extensions import Self
 from anomalib_dskd.components.backbone import full_name
 from anomalib_dskd.components.batch_norm import fresh_statistics
 from anomalib_dskd.components.feature_cache import FeatureCache
+from anomalib_dskd.components.weight_average import WeightAverage
 from anomalib_dskd.data.arguments import check_names
 from anomalib_dskd.data.image_cache import cache_training_images, is_deterministic
 from anomalib_dskd.data.image_files import check_data_files, check_headers, dataset_paths
@@ -94,6 +95,10 @@ class DistillationMixin(Base):
     """Arguments that mean ``layers`` if they are not given."""
     training_parts: ClassVar[tuple[str, ...]] = ()
     """Attributes beside :attr:`model` that training alone needs: no export holds them."""
+    weight_average: WeightAverage | None = None
+    """Set while training with ``ema_decay``."""
+    _resumed_average: dict[str, Any] | None = None
+    _steps_before: int = 0
 
     @abstractmethod
     def compute_losses(self, batch: ImageBatch) -> dict[str, Tensor]:
@@ -122,6 +127,7 @@ class DistillationMixin(Base):
                 cache_training_images(data, memory=self.options.image_cache)
         handle_checkpoints(self.trainer)
         if stage == TrainerFn.FITTING:
+            self._resumed_average = None
             # faster on CPUs with bfloat16 units; now, because several processes exchange gradients as the weights lie
             for trained in self._trained_modules():
                 trained.to(memory_format=torch.channels_last)
@@ -136,7 +142,8 @@ class DistillationMixin(Base):
             seed_everything(self.options.seed, workers=True, verbose=False)
 
     def on_train_start(self) -> None:
-        """Order the first batches, and make room for the teacher's features of the training images."""
+        """Order the first batches, and make room for averaged weights and the teacher's features of training images."""
+        self._start_weight_average()
         check_last_step(self.trainer)
         if self.options.schedule != "constant":
             check_planned_steps(self.trainer)
@@ -155,8 +162,24 @@ class DistillationMixin(Base):
         if self.options.seed is not None:
             seed_epoch(self.trainer, _training_loader(self.trainer), self.options.seed)
 
+    def _start_weight_average(self) -> None:
+        average = WeightAverage(self.model, decay=self.options.ema_decay)
+        if self._resumed_average is not None:
+            average.load_state_dict(self._resumed_average)
+            self._resumed_average = None
+        if self.options.ema_decay == 0:
+            average.put_back()  # of a training that goes on without
+        self.weight_average = average if self.options.ema_decay > 0 else None
+
+    def on_train_batch_start(self, batch: Any, batch_idx: int) -> None:  # noqa: ANN401, ARG002
+        """Go on to learn from the last step's weights, where averaged ones have been scored with."""
+        self._steps_before = self.trainer.global_step
+        if self.weight_average is not None:
+            self.weight_average.put_back()
+
     def on_train_end(self) -> None:
-        """Free the room that the teacher's features took."""
+        """Free the room that averaged weights and the teacher's features took."""
+        self.weight_average = None
         self.model.teacher_cache = None
 
     def on_fit_end(self) -> None:
@@ -200,6 +223,8 @@ class DistillationMixin(Base):
     def on_train_batch_end(self, outputs: Any, batch: Any, batch_idx: int) -> None:  # noqa: ANN401, ARG002
         """Note that the students have learnt something, so that results may be asked of them."""
         self.model.is_trained = True
+        if self.weight_average is not None and self.trainer.global_step > self._steps_before:  # else accumulating
+            self.weight_average.update()
 
     def on_train_epoch_end(self) -> None:
         """Let the cache take stock; without a validation, make the model fit to be saved here.
@@ -210,8 +235,14 @@ class DistillationMixin(Base):
         if self.model.teacher_cache is not None:
             self.model.teacher_cache.end_epoch()
         if not self.trainer.enable_validation:
-            self._refresh_batch_norm()
-            self._check_weights()
+            self._prepare_to_score()
+
+    def _prepare_to_score(self) -> None:
+        """Take the weights that images are to be scored with, and their own batch-norm statistics."""
+        if self.weight_average is not None:
+            self.weight_average.use()
+        self.estimate_batch_norm(self.model, self.run_students)
+        self._check_weights()
 
     def _trained_modules(self) -> list[nn.Module]:
         parts = (getattr(self, name) for name in self.training_parts)
@@ -224,9 +255,6 @@ class DistillationMixin(Base):
     def run_students(self, batch: ImageBatch) -> None:
         """Pass a training batch through all that is trained."""
         self.compute_losses(batch)
-
-    def _refresh_batch_norm(self) -> None:
-        self.estimate_batch_norm(self.model, self.run_students)
 
     @torch.no_grad()
     def estimate_batch_norm(self, network: nn.Module, run: Callable[[ImageBatch], object]) -> None:
@@ -307,15 +335,14 @@ class DistillationMixin(Base):
     test_step = predict_step = validation_step  # type: ignore[assignment]
 
     def on_validation_start(self) -> None:
-        """Refuse to validate before training; within training, validate the weights as they are.
+        """Refuse to validate before training; within training, validate what a checkpoint is to hold.
 
         Raises:
             NotTrainedError: training has not begun.
             DivergedError: within training, a weight is not finite.
         """
         if self.trainer.state.fn == TrainerFn.FITTING:
-            self._refresh_batch_norm()
-            self._check_weights()
+            self._prepare_to_score()
         else:
             self._require_training("validate")
 
@@ -437,6 +464,8 @@ class DistillationMixin(Base):
         # Lightning's own copy of the arguments is merged with those that load_from_checkpoint is given
         arguments = {name: value for name, value in self.hparams.items() if name not in TRAINING_ONLY}
         checkpoint[OURS] = {"arguments": arguments, "max_epochs": getattr(self._trainer, "max_epochs", None)}
+        if self.weight_average is not None:
+            checkpoint[OURS]["weight_average"] = self.weight_average.state_dict()
 
     def on_load_checkpoint(self, checkpoint: dict[str, Any]) -> None:
         """Refuse a checkpoint that was trained with other arguments than this model was built with.
@@ -463,6 +492,7 @@ class DistillationMixin(Base):
 
     def _go_on(self, checkpoint: dict[str, Any]) -> None:
         """Go on with a training, with this model's learning rate, betas and weight decay where they may be changed."""
+        self._resumed_average = checkpoint.get(OURS, {}).get("weight_average")
         trained = checkpoint.get("hyper_parameters", {})
         given: dict[str, Any] = {name: self.hparams[name] for name in sorted({"schedule"} | self.planned)}
         planned = {name: trained.get(name, value) for name, value in given.items()}

@@ -1,6 +1,8 @@
 """What holds for each model that learns from a frozen teacher, whatever its networks are."""
 
+import copy
 import inspect
+import itertools
 import warnings
 from pathlib import Path
 
@@ -154,17 +156,23 @@ class StopInThirdEpoch(Callback):
 
 
 @every_model
-@pytest.mark.parametrize("augmentations", [None, RandomHorizontalFlip()], ids=["plain", "random"])
+@pytest.mark.parametrize(
+    ("augmentations", "ema_decay"),
+    [(None, 0.0), (RandomHorizontalFlip(), 0.0), (None, 0.9)],
+    ids=["plain", "random", "averaged"],
+)
 def test_a_resumed_training_ends_with_the_same_weights(
-    kind, augmentations, magnetic_tile_root, teacher_weights, tmp_path
+    kind, augmentations, ema_decay, magnetic_tile_root, teacher_weights, tmp_path
 ):
     common = {"max_epochs": 3, "augmentations": augmentations}
-    through = fit(build(kind, teacher_weights), magnetic_tile_root, tmp_path / "through", **common)
+    through = build(kind, teacher_weights, ema_decay=ema_decay)
+    fit(through, magnetic_tile_root, tmp_path / "through", **common)
     stopping = {**common, "callbacks": [StopInThirdEpoch()]}
+    stopped = build(kind, teacher_weights, ema_decay=ema_decay)
     with pytest.raises(InterruptedError):
-        fit(build(kind, teacher_weights), magnetic_tile_root, tmp_path / "stopped", **stopping)
+        fit(stopped, magnetic_tile_root, tmp_path / "stopped", **stopping)
     (checkpoint,) = (tmp_path / "stopped").rglob("v0/**/model.ckpt")
-    resumed = build(kind, "gone.safetensors")
+    resumed = build(kind, "gone.safetensors", ema_decay=ema_decay)
     fit(resumed, magnetic_tile_root, tmp_path / "resumed", checkpoint=checkpoint, **common)
     learnt = tuple(f"{part}." for part in ("model", *kind.training_parts))
     first, second = (
@@ -173,6 +181,86 @@ def test_a_resumed_training_ends_with_the_same_weights(
     )
     assert len(first) > 100
     assert not differing(first, second)
+
+
+class RecordWeights(Callback):
+    """Notes the trained weights after each of the optimiser's steps."""
+
+    def __init__(self) -> None:
+        self.steps = []
+
+    def on_train_batch_end(self, trainer, pl_module, outputs, batch, batch_idx):  # noqa: ARG002
+        if trainer.global_step > len(self.steps):
+            learnt = {name: weight for name, weight in pl_module.model.named_parameters() if weight.requires_grad}
+            self.steps.append({name: weight.detach().clone() for name, weight in learnt.items()})
+
+
+@every_model
+@pytest.mark.parametrize("accumulated", [1, 2], ids=["", "accumulated"])
+def test_images_are_scored_with_averaged_weights_and_training_does_not_notice(
+    kind, accumulated, magnetic_tile_root, teacher_weights, tmp_path
+):
+    with_, without = RecordWeights(), RecordWeights()
+    trainer = {"max_epochs": 4, "accumulate_grad_batches": accumulated}
+    model, plain = build(kind, teacher_weights, ema_decay=0.5), build(kind, teacher_weights)
+    fit(model, magnetic_tile_root, tmp_path / "with", callbacks=[with_], **trainer)
+    fit(plain, magnetic_tile_root, tmp_path / "without", callbacks=[without], **trainer)
+    assert len(with_.steps) == 8 // accumulated
+    for mine, theirs in zip(with_.steps, without.steps, strict=True):
+        assert not differing(mine, theirs)
+    steps = (
+        with_.steps[2 // accumulated :] if kind is Tad else with_.steps
+    )  # the student learns from the second epoch on
+    expected = steps[0]
+    for number, learnt in enumerate(steps[1:], start=1):
+        decay = min(0.5, number / (number + 9))
+        expected = {name: decay * expected[name] + (1 - decay) * learnt[name] for name in learnt}
+    saved = torch.load(next((tmp_path / "with").rglob("model.ckpt")), weights_only=False)["state_dict"]
+    for name, weight in model.model.named_parameters():
+        if weight.requires_grad:
+            torch.testing.assert_close(weight.detach(), expected[name], msg=name)
+            assert torch.equal(saved[f"model.{name}"], weight), name
+    assert model.weight_average is None
+
+
+def test_batch_norm_and_thresholds_are_those_of_the_averaged_weights(magnetic_tile_root, teacher_weights, tmp_path):
+    model = fit(build(Dskd, teacher_weights, ema_decay=0.5), magnetic_tile_root, tmp_path / "fit")
+    data = MagneticTile(magnetic_tile_root, train_batch_size=4)
+    data.setup()
+    order = torch.randperm(8, generator=torch.Generator().manual_seed(0))  # as for the estimate
+    images = [model.pre_processor.transform(data.train_data[int(index)].image[None]) for index in order]
+    seen, saved = [], model.model.decoder_student.stages[0][0].main[1]
+    net = copy.deepcopy(model.model).train()
+    norm = net.decoder_student.stages[0][0].main[1]
+    norm.register_forward_pre_hook(lambda _, args: seen.append(args[0].mean((0, 2, 3))))
+    with torch.no_grad():
+        for batch in torch.cat(images).split(4):
+            net.student_features(batch)
+    torch.testing.assert_close(saved.running_mean, torch.stack(seen).mean(0), atol=1e-4, rtol=1e-3)
+    again = Dskd.load_from_checkpoint(next((tmp_path / "fit").rglob("model.ckpt")))
+    threshold = again.post_processor.image_threshold.clone()
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")
+        engine(tmp_path / "validate").validate(again, datamodule=MagneticTile(magnetic_tile_root), verbose=False)
+    torch.testing.assert_close(again.post_processor.image_threshold, threshold, atol=1e-4, rtol=1e-3)
+
+
+def test_a_training_goes_on_with_or_without_averaged_weights(magnetic_tile_root, teacher_weights, tmp_path):
+    last, decays = {}, {"off": 0.0, "on": 0.5}
+    for start, end in itertools.product(decays, decays):
+        before, record = RecordWeights(), RecordWeights()
+        folder = tmp_path / f"{start} {end}"
+        fit(build(Dskd, teacher_weights, ema_decay=decays[start]), magnetic_tile_root, folder / "1", callbacks=[before])
+        (checkpoint,) = (folder / "1").rglob("model.ckpt")
+        record.steps = before.steps  # goes on with their number
+        resumed = build(Dskd, teacher_weights, ema_decay=decays[end])
+        more = {"max_epochs": 3, "callbacks": [record]}
+        fit(resumed, magnetic_tile_root, folder / "2", checkpoint=checkpoint, **more)
+        assert len(record.steps) == 6
+        last[start, end] = record.steps[-1]
+        scored = {name: weight.detach() for name, weight in resumed.model.named_parameters() if weight.requires_grad}
+        assert bool(differing(scored, last[start, end])) == (end == "on")
+    assert all(not differing(last["off", "off"], learnt) for learnt in last.values())
 
 
 def test_checkpoint_of_other_arguments_is_refused(trained, magnetic_tile_root, tmp_path):
@@ -254,6 +342,10 @@ def test_two_trainings_with_one_seed_give_the_same_weights(kind, magnetic_tile_r
         ({"betas": (0.5, 1.0)}, r"betas \(0.5, 1.0\) must be two numbers"),
         ({"schedule": "cosine"}, "schedule 'cosine' must be 'constant' or 'one_cycle'"),
         ({"batch_norm_images": -1}, "batch_norm_images -1 must be a whole number of images"),
+        ({"ema_decay": 1.0}, "ema_decay 1.0 must be a number from 0, for no average, up to, not including, 1"),
+        ({"ema_decay": -0.5}, "ema_decay -0.5 must be a number from 0"),
+        ({"ema_decay": float("nan")}, "ema_decay nan must be a number from 0"),
+        ({"ema_decay": 0.9, "batch_norm_images": 0}, "ema_decay 0.9 with batch_norm_images 0: .* such as 256"),
         ({"image_size": 16}, "images of 16x16 pixels are too small"),
         ({"image_size": (64, 0)}, r"image_size \(64, 0\) must be one number of pixels, or height and width"),
         ({"pre_processor": False}, "image_size and pre_processor exclude each other"),
