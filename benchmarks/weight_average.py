@@ -31,7 +31,7 @@ from torch.utils.data import DataLoader  # noqa: E402
 
 from anomalib_dskd import Dskd, MagneticTile  # noqa: E402
 
-FIGURES = ("image_AUROC", "image_F1Score", "pixel_AUROC", "pixel_AUPRO")
+FIGURES = ("image_AUROC", "pixel_AUROC", "pixel_AUPRO")
 
 
 class KeepBoth(Callback):
@@ -80,8 +80,8 @@ def held_out_loss(model: Dskd, loader: DataLoader) -> float:
 
 
 print(f"learning rate {options.learning_rate}, decay {options.decay}, {options.epochs} epochs")
-print("| seed | epoch | weights | held-out loss | image AUROC | image F1 | pixel AUROC | AUPRO |")
-print("|---|---|---|---|---|---|---|---|", flush=True)
+print("| seed | epoch | weights | held-out loss | image AUROC | pixel AUROC | AUPRO |")
+print("|---|---|---|---|---|---|---|", flush=True)
 for seed in options.seeds:
     with tempfile.TemporaryDirectory() as name:
         folder = Path(name)
@@ -99,7 +99,7 @@ for seed in options.seeds:
                 model = build(seed)
                 model.model.load_state_dict(torch.load(folder / f"{epoch} {weights}"))
                 model.eval()
+                (real,) = engine(folder).test(model, datamodule=tiles, verbose=False)  # images are resized from here on
                 loss = held_out_loss(model, tiles.val_dataloader())
-                (real,) = engine(folder).test(model, datamodule=tiles, verbose=False)
                 row = " | ".join(f"{100 * real[name]:.1f}" for name in FIGURES)
                 print(f"| {seed} | {epoch} | {weights} | {loss:.4f} | {row} |", flush=True)

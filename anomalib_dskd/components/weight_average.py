@@ -8,7 +8,7 @@ from torch.optim.swa_utils import get_ema_multi_avg_fn
 
 __all__ = ["WeightAverage"]
 
-WARM_UP = 9  # steps until the decay is a half; a constant one would keep the first weights for long
+WARM_UP = 9  # our choice, TensorFlow's: steps until the decay is a half
 
 
 class WeightAverage:
@@ -18,10 +18,9 @@ class WeightAverage:
 
     .. math:: a_n = d_n a_{n-1} + (1 - d_n) w_n, \qquad d_n = \min\left(d, \frac{n}{n + 9}\right)
 
-    so that a short training, too, has an average of its later weights (timm's and TensorFlow's warm-up, one step on).
-    Batch-norm statistics are not averaged: they are to be estimated anew for the averaged weights.
-    (Lightning's ``EMAWeightAveraging`` copies the whole model before its pretrained weights are loaded, and
-    leaves thresholds that a validation sets in the model that is not saved.)
+    The decay grows so that a short training, too, has an average of its later weights; it is TensorFlow's one step
+    later, so that nothing of the weights before the first step remains. Batch-norm statistics are not averaged: they
+    are to be estimated anew for the averaged weights.
 
     Args:
         network: its parameters that take gradients are meant.
@@ -45,16 +44,15 @@ class WeightAverage:
         self.decay = decay
         self.is_in_use = False
         """Whether the average is in the network, and what is learnt held here; else the other way round."""
-        self._learnt = {name: weight for name, weight in network.named_parameters() if weight.requires_grad}
-        self._held = {name: weight.detach().clone() for name, weight in self._learnt.items()}
+        self._weights = {name: weight for name, weight in network.named_parameters() if weight.requires_grad}
+        self._held = {name: weight.detach().clone() for name, weight in self._weights.items()}
         self._updates = 0
 
     @torch.no_grad()
     def update(self) -> None:
-        """Take the weights that a step of the optimiser has left in the network into the average."""
+        """Take the network's weights into the average, after a step of the optimiser."""
         decay = min(self.decay, self._updates / (self._updates + WARM_UP))
-        average, learnt = list(self._held.values()), [weight.detach() for weight in self._learnt.values()]
-        get_ema_multi_avg_fn(decay)(average, learnt, self._updates)
+        get_ema_multi_avg_fn(decay)(list(self._held.values()), list(self._in_network().values()), self._updates)
         self._updates += 1
 
     def use(self) -> None:
@@ -69,23 +67,31 @@ class WeightAverage:
 
     @torch.no_grad()
     def _swap(self) -> None:
-        for name, weight in self._learnt.items():
+        for name, weight in self._weights.items():
             before = weight.detach().clone()
             weight.copy_(self._held[name])
             self._held[name].copy_(before)
         self.is_in_use = not self.is_in_use
 
+    @property
+    def average(self) -> dict[str, Tensor]:
+        """Averaged weights by name."""
+        return self._in_network() if self.is_in_use else dict(self._held)
+
     def state_dict(self) -> dict[str, Any]:
-        """Return what a checkpoint needs beside the network's own state."""
-        return {"updates": self._updates, "is_in_use": self.is_in_use, "held": dict(self._held)}
+        """Return what a checkpoint needs beside a network that holds the average."""
+        return {"updates": self._updates, "learnt": dict(self._held) if self.is_in_use else self._in_network()}
 
     def load_state_dict(self, state: dict[str, Any]) -> None:
-        """Restore what :meth:`state_dict` returned; the network's own state is of the same moment.
+        """Restore what :meth:`state_dict` returned; the network holds the average of that moment.
 
         Raises:
             KeyError: the state is another network's.
         """
-        held: dict[str, Tensor] = state["held"]
+        learnt: dict[str, Tensor] = state["learnt"]
         for name, weight in self._held.items():
-            weight.copy_(held[name])
-        self._updates, self.is_in_use = state["updates"], state["is_in_use"]
+            weight.copy_(learnt[name])
+        self._updates, self.is_in_use = state["updates"], True
+
+    def _in_network(self) -> dict[str, Tensor]:
+        return {name: weight.detach() for name, weight in self._weights.items()}

@@ -267,10 +267,10 @@ class KeepLosses(Callback):
         self.losses.append(float(trainer.callback_metrics["train_loss"]))
 
 
-def in_one_process(folder: Path, root: Path, weights: Path, kind: type = Dskd) -> tuple[list[float], dict]:
+def in_one_process(folder: Path, root: Path, weights: Path, kind: type = Dskd, **arguments) -> tuple[list[float], dict]:
     """Two batches of two images a step: each batch norm sees the images that it sees in one of two processes."""
     record = KeepLosses()
-    model = kind(**SMALL, **SIBLINGS.get(kind, {}), teacher_weights=weights)
+    model = kind(**SMALL, **SIBLINGS.get(kind, {}), teacher_weights=weights, **arguments)
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")
         one_process = engine(folder, callbacks=[record], max_epochs=3, accumulate_grad_batches=2)
@@ -293,10 +293,11 @@ def assert_learnt_the_same(folder: Path, losses: list[float], state: dict) -> No
             torch.testing.assert_close(learnt[name], values, rtol=1e-3, atol=1e-4, msg=name)
 
 
-def test_two_processes_learn_what_one_learns(fit, magnetic_tile_root, teacher_weights, tmp_path):
-    printed = run(*fit, *TWO, "--trainer.strategy", "ddp_fork", folder=tmp_path / "two")
+def test_two_processes_learn_and_average_what_one_does(fit, magnetic_tile_root, teacher_weights, tmp_path):
+    averaging = ["--model.ema_decay", "0.2"]
+    printed = run(*fit, *TWO, *averaging, "--trainer.strategy", "ddp_fork", folder=tmp_path / "two")
     assert "Grad strides do not match" not in printed
-    expected = in_one_process(tmp_path / "one", magnetic_tile_root, teacher_weights)
+    expected = in_one_process(tmp_path / "one", magnetic_tile_root, teacher_weights, ema_decay=0.2)
     assert_learnt_the_same(tmp_path / "two", *expected)
 
 

@@ -60,8 +60,9 @@ class Afkd(DistillationMixin, AnomalibModule):
         weight_decay: of Adam. Default: 0; the abstract gives none.
         batch_norm_images: training images from which the batch-norm statistics are estimated anew before each
             evaluation within training; 0 keeps the running averages. Default, our choice: 256, as in DSKD.
-        ema_decay: score with an exponential average of the students' weights over the steps of the training, of this
-            decay, such as 0.99, instead of the last step's weights. Default: 0, no average, as in DSKD.
+        ema_decay: decay of an exponential average of the trained weights over the steps of the training, such as 0.99.
+            Evaluations, checkpoints and exports then have the average instead of the last step's weights. Needs
+            ``batch_norm_images`` above 0. Default: 0, no average, as in DSKD.
         teacher_cache: GiB of memory for the teacher's features of the training images, which are the same in each
             epoch; what needs more is kept in a temporary file. 0 computes them in each epoch, as happens with
             augmentations that may be random and on a GPU. Default, our choice: 1.

@@ -98,7 +98,7 @@ class DistillationMixin(Base):
     weight_average: WeightAverage | None = None
     """Set while training with ``ema_decay``."""
     _resumed_average: dict[str, Any] | None = None
-    _steps_before: int = 0
+    """What a checkpoint has of it, until training goes on."""
 
     @abstractmethod
     def compute_losses(self, batch: ImageBatch) -> dict[str, Tensor]:
@@ -163,27 +163,34 @@ class DistillationMixin(Base):
             seed_epoch(self.trainer, _training_loader(self.trainer), self.options.seed)
 
     def _start_weight_average(self) -> None:
-        average = WeightAverage(self.model, decay=self.options.ema_decay)
-        if self._resumed_average is not None:
-            average.load_state_dict(self._resumed_average)
-            self._resumed_average = None
-        if self.options.ema_decay == 0:
-            average.put_back()  # of a training that goes on without
-        self.weight_average = average if self.options.ema_decay > 0 else None
+        resumed, decay = self._resumed_average, self.options.ema_decay
+        self.weight_average = self._resumed_average = None
+        if resumed is None and decay == 0:
+            return
+        average = WeightAverage(self.model, decay=decay)
+        if resumed is not None:
+            average.load_state_dict(resumed)
+            average.put_back()
+        if decay > 0:
+            self.weight_average = average
+        else:
+            logger.warning("the checkpoint's averaged weights are dropped: ema_decay is 0 from here on.")
 
     def on_train_batch_start(self, batch: Any, batch_idx: int) -> None:  # noqa: ANN401, ARG002
         """Go on to learn from the last step's weights, where averaged ones have been scored with."""
-        self._steps_before = self.trainer.global_step
         if self.weight_average is not None:
             self.weight_average.put_back()
 
     def on_train_end(self) -> None:
-        """Free the room that averaged weights and the teacher's features took."""
+        """Leave averaged weights in place; free the room that others and the teacher's features took."""
+        if self.weight_average is not None and not self.weight_average.is_in_use:  # no validation was the last
+            self._prepare_to_score()
         self.weight_average = None
         self.model.teacher_cache = None
 
     def on_fit_end(self) -> None:
         """Name the best checkpoint where the last weights are worse."""
+        self._resumed_average = None  # where there was nothing left to do
         if self.trainer.is_global_zero:
             name_best_checkpoint(self.trainer)
 
@@ -222,8 +229,13 @@ class DistillationMixin(Base):
 
     def on_train_batch_end(self, outputs: Any, batch: Any, batch_idx: int) -> None:  # noqa: ANN401, ARG002
         """Note that the students have learnt something, so that results may be asked of them."""
-        self.model.is_trained = True
-        if self.weight_average is not None and self.trainer.global_step > self._steps_before:  # else accumulating
+        if self.students_learn:
+            self.model.is_trained = True
+
+    def optimizer_step(self, *args: Any, **kwargs: Any) -> None:  # noqa: ANN401 - passed on
+        """Take a step, and its weights into the average."""
+        super().optimizer_step(*args, **kwargs)
+        if self.weight_average is not None and self.students_learn:
             self.weight_average.update()
 
     def on_train_epoch_end(self) -> None:
@@ -410,7 +422,7 @@ class DistillationMixin(Base):
 
     @contextmanager
     def _without_training_parts(self) -> Iterator[None]:
-        parts = {name: getattr(self, name) for name in self.training_parts}
+        parts = {name: getattr(self, name) for name in (*self.training_parts, "weight_average", "_resumed_average")}
         try:
             for name in parts:
                 setattr(self, name, None)
@@ -464,8 +476,10 @@ class DistillationMixin(Base):
         # Lightning's own copy of the arguments is merged with those that load_from_checkpoint is given
         arguments = {name: value for name, value in self.hparams.items() if name not in TRAINING_ONLY}
         checkpoint[OURS] = {"arguments": arguments, "max_epochs": getattr(self._trainer, "max_epochs", None)}
-        if self.weight_average is not None:
+        if self.weight_average is not None:  # results are the average's, in a checkpoint between validations too
             checkpoint[OURS]["weight_average"] = self.weight_average.state_dict()
+            average = {f"model.{name}": weight for name, weight in self.weight_average.average.items()}
+            checkpoint["state_dict"] = {**checkpoint["state_dict"], **average}
 
     def on_load_checkpoint(self, checkpoint: dict[str, Any]) -> None:
         """Refuse a checkpoint that was trained with other arguments than this model was built with.
@@ -484,6 +498,11 @@ class DistillationMixin(Base):
         self._refuse_other_arguments(checkpoint)
         if self._trainer is not None and self.trainer.state.fn == TrainerFn.FITTING:
             self._go_on(checkpoint)
+
+    @property
+    def students_learn(self) -> bool:
+        """Whether the networks that score images learn in the present epoch."""
+        return True
 
     @property
     def planned(self) -> frozenset[str]:

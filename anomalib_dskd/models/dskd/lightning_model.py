@@ -64,8 +64,9 @@ class Dskd(DistillationMixin, AnomalibModule):
         batch_norm_images: training images from which the students' batch-norm statistics are estimated anew before
             each evaluation within training; 0 keeps the running averages. Default, our choice: 256, see the
             README's table of deviations.
-        ema_decay: score with an exponential average of the students' weights over the steps of the training, of this
-            decay, such as 0.99, instead of the last step's weights. Default: 0, no average, as in the paper.
+        ema_decay: decay of an exponential average of the students' weights over the steps of the training, such as
+            0.99. Evaluations, checkpoints and exports then have the average instead of the last step's weights. Needs
+            ``batch_norm_images`` above 0. Default: 0, no average, as in the paper.
         teacher_cache: GiB of memory for the teacher's features of the training images, which are the same in each
             epoch; what needs more is kept in a temporary file. 0 computes them in each epoch, as happens with
             augmentations that may be random and on a GPU. Default, our choice: 1.

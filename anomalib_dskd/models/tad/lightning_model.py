@@ -3,7 +3,7 @@
 import logging
 from collections.abc import Iterator, Sequence
 from pathlib import Path
-from typing import Any, ClassVar, Literal
+from typing import ClassVar, Literal
 
 import torch
 from anomalib.data import ImageBatch
@@ -96,8 +96,9 @@ class Tad(DistillationMixin, AnomalibModule):
         weight_decay: of Adam. Default: 0; the abstract gives none.
         batch_norm_images: training images from which the batch-norm statistics are estimated anew before each
             evaluation within training; 0 keeps the running averages. Default, our choice: 256, as in DSKD.
-        ema_decay: score with an exponential average of the students' weights over the steps of the training, of this
-            decay, such as 0.99, instead of the last step's weights. Default: 0, no average, as in DSKD.
+        ema_decay: decay of an exponential average of the student's weights over its steps, such as 0.99.
+            Evaluations, checkpoints and exports then have the average instead of the last step's weights. Needs
+            ``batch_norm_images`` above 0. Default: 0, no average, as in DSKD.
         teacher_cache: GiB of memory for the teacher's features of the training images, which are the same in each
             epoch; what needs more is kept in a temporary file. 0 computes them in each epoch, as happens with
             augmentations that may be random and on a GPU. Default, our choice: 1.
@@ -202,6 +203,11 @@ class Tad(DistillationMixin, AnomalibModule):
             self.current_epoch, self.trainer.max_epochs or 0, self.assistant_share
         )
 
+    @property
+    def students_learn(self) -> bool:
+        """Whether it is the student's phase, and not the assistant's."""
+        return not self.is_assistants_phase
+
     def on_fit_start(self) -> None:
         """Refuse a training in which the student would have no epoch."""
         epochs = self.trainer.max_epochs or 0
@@ -245,11 +251,6 @@ class Tad(DistillationMixin, AnomalibModule):
         if has_learnt and is_assistants_epoch(self.current_epoch - 1, epochs, self.assistant_share):
             self.estimate_batch_norm(backbone, lambda batch: backbone(torch.as_tensor(batch.image)))
         self.assistant.train(self.is_assistants_phase)
-
-    def on_train_batch_end(self, outputs: Any, batch: Any, batch_idx: int) -> None:  # noqa: ANN401
-        """Note that the student has learnt something, unless it was the assistant's turn."""
-        if not self.is_assistants_phase:
-            super().on_train_batch_end(outputs, batch, batch_idx)
 
     # --- training -----------------------------------------------------------------------------------------------
 

@@ -11,6 +11,7 @@ import torch
 from anomalib.models import get_model, list_models
 from anomalib.models.components import AnomalibModule
 from lightning import Callback
+from lightning.pytorch.callbacks import EMAWeightAveraging, WeightAveraging
 from torchvision.transforms.v2 import RandomHorizontalFlip, Transform
 
 from anomalib_dskd import Afkd, Dskd, Dtgd, MagneticTile, Tad
@@ -37,7 +38,7 @@ every_model = pytest.mark.parametrize("kind", list(ARGUMENTS), ids=lambda kind: 
 
 def build(kind: type[AnomalibModule], weights: Path | str | None, **arguments) -> AnomalibModule:
     common = {"teacher": TEACHER, "image_size": 64, "sigma": 2.0, "seed": 0, "visualizer": False}
-    return kind(**{**common, **ARGUMENTS[kind], "teacher_weights": weights, **arguments})
+    return kind(**{**common, **ARGUMENTS.get(kind, {}), "teacher_weights": weights, **arguments})
 
 
 def fit(
@@ -195,32 +196,67 @@ class RecordWeights(Callback):
             self.steps.append({name: weight.detach().clone() for name, weight in learnt.items()})
 
 
+def averaged(steps: list[dict[str, torch.Tensor]], decay: float) -> dict[str, torch.Tensor]:
+    """What the weights after each step come to."""
+    average = steps[0]
+    for number, learnt in enumerate(steps[1:], start=1):
+        share = min(decay, number / (number + 9))
+        average = {name: share * average[name] + (1 - share) * learnt[name] for name in learnt}
+    return average
+
+
 @every_model
-@pytest.mark.parametrize("accumulated", [1, 2], ids=["", "accumulated"])
+@pytest.mark.parametrize(
+    "trainer",
+    [{}, {"accumulate_grad_batches": 2}, {"limit_val_batches": 0}, {"val_check_interval": 1}],
+    ids=["validated", "accumulated", "not validated", "often validated"],
+)
 def test_images_are_scored_with_averaged_weights_and_training_does_not_notice(
-    kind, accumulated, magnetic_tile_root, teacher_weights, tmp_path
+    kind, trainer, magnetic_tile_root, teacher_weights, tmp_path
 ):
-    with_, without = RecordWeights(), RecordWeights()
-    trainer = {"max_epochs": 4, "accumulate_grad_batches": accumulated}
-    model, plain = build(kind, teacher_weights, ema_decay=0.5), build(kind, teacher_weights)
-    fit(model, magnetic_tile_root, tmp_path / "with", callbacks=[with_], **trainer)
-    fit(plain, magnetic_tile_root, tmp_path / "without", callbacks=[without], **trainer)
-    assert len(with_.steps) == 8 // accumulated
+    with_, without, more = RecordWeights(), RecordWeights(), {"max_epochs": 4, **trainer}
+    model, plain = build(kind, teacher_weights, ema_decay=0.2), build(kind, teacher_weights)
+    fit(model, magnetic_tile_root, tmp_path / "with", callbacks=[with_], **more)
+    fit(plain, magnetic_tile_root, tmp_path / "without", callbacks=[without], **more)
+    an_epoch = 2 // trainer.get("accumulate_grad_batches", 1)
+    assert len(with_.steps) == 4 * an_epoch
     for mine, theirs in zip(with_.steps, without.steps, strict=True):
         assert not differing(mine, theirs)
-    steps = (
-        with_.steps[2 // accumulated :] if kind is Tad else with_.steps
-    )  # the student learns from the second epoch on
-    expected = steps[0]
-    for number, learnt in enumerate(steps[1:], start=1):
-        decay = min(0.5, number / (number + 9))
-        expected = {name: decay * expected[name] + (1 - decay) * learnt[name] for name in learnt}
+    expected = averaged(with_.steps[an_epoch if kind is Tad else 0 :], 0.2)  # its first epoch is the assistant's
     saved = torch.load(next((tmp_path / "with").rglob("model.ckpt")), weights_only=False)["state_dict"]
-    for name, weight in model.model.named_parameters():
-        if weight.requires_grad:
-            torch.testing.assert_close(weight.detach(), expected[name], msg=name)
-            assert torch.equal(saved[f"model.{name}"], weight), name
+    for name, weights in expected.items():
+        torch.testing.assert_close(model.model.get_parameter(name).detach(), weights, msg=name)
+        assert torch.equal(saved[f"model.{name}"], model.model.get_parameter(name)), name
     assert model.weight_average is None
+
+
+class SaveAndStop(Callback):
+    """Saves after the third step, between two validations, and lets the training end there."""
+
+    def __init__(self, path: Path) -> None:
+        self.path = path
+
+    def on_train_batch_end(self, trainer, pl_module, outputs, batch, batch_idx):  # noqa: ARG002
+        if trainer.global_step == 3:
+            trainer.save_checkpoint(self.path)
+            trainer.should_stop = True
+
+
+def test_averaged_weights_are_scored_with_where_no_validation_is_the_last(
+    magnetic_tile_root, teacher_weights, tmp_path
+):
+    record = RecordWeights()
+    model = build(Dskd, teacher_weights, ema_decay=0.2)
+    callbacks = [record, SaveAndStop(tmp_path / "between.ckpt")]
+    trainer = {"max_epochs": 4, "check_val_every_n_epoch": 4, "min_epochs": 1, "callbacks": callbacks}
+    fit(model, magnetic_tile_root, tmp_path, **trainer)
+    between = Dskd.load_from_checkpoint(tmp_path / "between.ckpt")
+    for name, weights in averaged(record.steps[:3], 0.2).items():
+        torch.testing.assert_close(between.model.get_parameter(name).detach(), weights, msg=name)
+    assert len(record.steps) < 8
+    for name, weights in averaged(record.steps, 0.2).items():
+        torch.testing.assert_close(model.model.get_parameter(name).detach(), weights, msg=name)
+    assert model.model.decoder_student.stages[0][0].main[1].num_batches_tracked == 2  # estimated anew: all 8 images
 
 
 def test_batch_norm_and_thresholds_are_those_of_the_averaged_weights(magnetic_tile_root, teacher_weights, tmp_path):
@@ -237,12 +273,36 @@ def test_batch_norm_and_thresholds_are_those_of_the_averaged_weights(magnetic_ti
         for batch in torch.cat(images).split(4):
             net.student_features(batch)
     torch.testing.assert_close(saved.running_mean, torch.stack(seen).mean(0), atol=1e-4, rtol=1e-3)
+    plain = fit(build(Dskd, teacher_weights), magnetic_tile_root, tmp_path / "plain").model
+    others = plain.decoder_student.stages[0][0].main[1].running_mean
+    assert (saved.running_mean - others).abs().max() > 0.01  # those of the last step's weights would not do
     again = Dskd.load_from_checkpoint(next((tmp_path / "fit").rglob("model.ckpt")))
     threshold = again.post_processor.image_threshold.clone()
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")
         engine(tmp_path / "validate").validate(again, datamodule=MagneticTile(magnetic_tile_root), verbose=False)
     torch.testing.assert_close(again.post_processor.image_threshold, threshold, atol=1e-4, rtol=1e-3)
+
+
+@every_model
+@pytest.mark.parametrize("callback", [EMAWeightAveraging, WeightAveraging], ids=lambda kind: kind.__name__)
+def test_lightnings_averages_are_refused(kind, callback, magnetic_tile_root, tmp_path):
+    with pytest.raises(ArgumentError, match=f"callback {callback.__name__}: .* Give --model.ema_decay 0.99 instead"):
+        fit(build(kind, None), magnetic_tile_root, tmp_path, callbacks=[callback()])
+
+
+class Unrefused(Dskd):
+    """A model that leaves it to Lightning's callback to average."""
+
+    def on_fit_start(self) -> None:
+        self.load_teacher_weights()
+
+
+def test_lightnings_average_still_has_no_thresholds(magnetic_tile_root, teacher_weights, tmp_path):
+    fit(build(Unrefused, teacher_weights), magnetic_tile_root, tmp_path, callbacks=[EMAWeightAveraging()])
+    saved = torch.load(next(tmp_path.rglob("model.ckpt")), weights_only=False)["state_dict"]
+    assert saved["post_processor._image_threshold"].isnan()  # else the refusal is no longer needed
+    assert not saved["model._extra_state"]["is_trained"]
 
 
 def test_a_training_goes_on_with_or_without_averaged_weights(magnetic_tile_root, teacher_weights, tmp_path):
