@@ -22,6 +22,8 @@ parser.add_argument("--learning-rate", type=float, default=1e-3)
 parser.add_argument("--size", type=int, default=128, help="height and width")
 parser.add_argument("--precision", default="bf16-mixed", help="of the training")
 options = parser.parse_args()
+if not 0 < options.decay < 1:
+    parser.error(f"--decay {options.decay}: must be larger than 0 and smaller than 1")
 warnings.simplefilter("ignore")
 
 import torch  # noqa: E402 - after the options, for a quick --help
@@ -42,7 +44,7 @@ class KeepBoth(Callback):
 
     def on_validation_end(self, trainer: Trainer, pl_module: Dskd) -> None:
         epoch = trainer.current_epoch + 1
-        assert pl_module.weight_average is not None
+        assert pl_module.weight_average is not None  # until the training ends
         torch.save(pl_module.model.state_dict(), self.folder / f"{epoch} average")
         pl_module.weight_average.put_back()
         pl_module.estimate_batch_norm(pl_module.model, pl_module.run_students)

@@ -8,7 +8,7 @@ from typing import Any, Literal
 
 from anomalib.pre_processing import PreProcessor
 from lightning import Trainer
-from lightning.pytorch.callbacks import WeightAveraging
+from lightning.pytorch.callbacks import StochasticWeightAveraging, WeightAveraging
 from lightning.pytorch.plugins import MixedPrecision
 from torch import nn
 from typing_extensions import Self
@@ -128,14 +128,13 @@ def may_be_fused(trainer: Trainer | None) -> bool:
 
 def check_trainer(trainer: Trainer) -> None:
     """Raise unless the Trainer's settings lead to a result."""
-    callbacks = trainer.callbacks  # type: ignore[attr-defined]
-    averaging = [type(callback).__name__ for callback in callbacks if isinstance(callback, WeightAveraging)]
-    if averaging:
-        msg = (
-            f"callback {averaging[0]}: it would save its average without thresholds, and as that of a model that has "
-            "not been trained. Give --model.ema_decay 0.99 instead, which averages weights too."
-        )
-        raise ArgumentError(msg)
+    for callback in trainer.callbacks:  # type: ignore[attr-defined]
+        if isinstance(callback, (StochasticWeightAveraging, WeightAveraging)):
+            msg = (
+                f"callback {type(callback).__name__}: its averaged weights would have thresholds of others, or none, "
+                "and may count as untrained. Give --model.ema_decay 0.99 instead, which averages weights too."
+            )
+            raise ArgumentError(msg)
     epochs, interval = trainer.max_epochs or 0, trainer.check_val_every_n_epoch or 1
     if trainer.enable_validation and epochs > 0 and epochs % interval:
         msg = (

@@ -116,6 +116,7 @@ class DistillationMixin(Base):
         That is how checkpoints are saved, how weights lie, and images that are decoded once.
         """
         super().setup(stage)
+        self._leave_training()
         data = getattr(self.trainer, "datamodule", None)
         if isinstance(data, AnomalibDataModule):
             check_names(data)
@@ -127,7 +128,6 @@ class DistillationMixin(Base):
                 cache_training_images(data, memory=self.options.image_cache)
         handle_checkpoints(self.trainer)
         if stage == TrainerFn.FITTING:
-            self._resumed_average = None
             # faster on CPUs with bfloat16 units; now, because several processes exchange gradients as the weights lie
             for trained in self._trained_modules():
                 trained.to(memory_format=torch.channels_last)
@@ -176,6 +176,12 @@ class DistillationMixin(Base):
         else:
             logger.warning("the checkpoint's averaged weights are dropped: ema_decay is 0 from here on.")
 
+    def _leave_training(self) -> None:
+        """Leave averaged weights in place where an error or a user has broken a training off."""
+        if self.weight_average is not None:
+            self.weight_average.use()
+        self.weight_average = self._resumed_average = None
+
     def on_train_batch_start(self, batch: Any, batch_idx: int) -> None:  # noqa: ANN401, ARG002
         """Go on to learn from the last step's weights, where averaged ones have been scored with."""
         if self.weight_average is not None:
@@ -185,12 +191,11 @@ class DistillationMixin(Base):
         """Leave averaged weights in place; free the room that others and the teacher's features took."""
         if self.weight_average is not None and not self.weight_average.is_in_use:  # no validation was the last
             self._prepare_to_score()
-        self.weight_average = None
+        self._leave_training()
         self.model.teacher_cache = None
 
     def on_fit_end(self) -> None:
         """Name the best checkpoint where the last weights are worse."""
-        self._resumed_average = None  # where there was nothing left to do
         if self.trainer.is_global_zero:
             name_best_checkpoint(self.trainer)
 
@@ -422,7 +427,8 @@ class DistillationMixin(Base):
 
     @contextmanager
     def _without_training_parts(self) -> Iterator[None]:
-        parts = {name: getattr(self, name) for name in (*self.training_parts, "weight_average", "_resumed_average")}
+        self._leave_training()
+        parts = {name: getattr(self, name) for name in self.training_parts}
         try:
             for name in parts:
                 setattr(self, name, None)

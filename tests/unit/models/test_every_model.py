@@ -11,7 +11,7 @@ import torch
 from anomalib.models import get_model, list_models
 from anomalib.models.components import AnomalibModule
 from lightning import Callback
-from lightning.pytorch.callbacks import EMAWeightAveraging, WeightAveraging
+from lightning.pytorch.callbacks import EMAWeightAveraging, StochasticWeightAveraging, WeightAveraging
 from torchvision.transforms.v2 import RandomHorizontalFlip, Transform
 
 from anomalib_dskd import Afkd, Dskd, Dtgd, MagneticTile, Tad
@@ -208,8 +208,8 @@ def averaged(steps: list[dict[str, torch.Tensor]], decay: float) -> dict[str, to
 @every_model
 @pytest.mark.parametrize(
     "trainer",
-    [{}, {"accumulate_grad_batches": 2}, {"limit_val_batches": 0}, {"val_check_interval": 1}],
-    ids=["validated", "accumulated", "not validated", "often validated"],
+    [{}, {"accumulate_grad_batches": 2, "val_check_interval": 1}, {"limit_val_batches": 0}],
+    ids=["validated", "validated between accumulated batches", "not validated"],
 )
 def test_images_are_scored_with_averaged_weights_and_training_does_not_notice(
     kind, trainer, magnetic_tile_root, teacher_weights, tmp_path
@@ -285,10 +285,15 @@ def test_batch_norm_and_thresholds_are_those_of_the_averaged_weights(magnetic_ti
 
 
 @every_model
-@pytest.mark.parametrize("callback", [EMAWeightAveraging, WeightAveraging], ids=lambda kind: kind.__name__)
+@pytest.mark.parametrize(
+    "callback",
+    [EMAWeightAveraging(), WeightAveraging(), StochasticWeightAveraging(swa_lrs=0.001)],
+    ids=lambda callback: type(callback).__name__,
+)
 def test_lightnings_averages_are_refused(kind, callback, magnetic_tile_root, tmp_path):
-    with pytest.raises(ArgumentError, match=f"callback {callback.__name__}: .* Give --model.ema_decay 0.99 instead"):
-        fit(build(kind, None), magnetic_tile_root, tmp_path, callbacks=[callback()])
+    message = f"callback {type(callback).__name__}: .* Give --model.ema_decay 0.99 instead"
+    with pytest.raises(ArgumentError, match=message):
+        fit(build(kind, None), magnetic_tile_root, tmp_path, callbacks=[callback])
 
 
 class Unrefused(Dskd):
@@ -305,6 +310,29 @@ def test_lightnings_average_still_has_no_thresholds(magnetic_tile_root, teacher_
     assert not saved["model._extra_state"]["is_trained"]
 
 
+def test_a_training_that_was_broken_off_leaves_averaged_weights(magnetic_tile_root, teacher_weights, tmp_path):
+    record, model = RecordWeights(), build(Dskd, teacher_weights, ema_decay=0.2)
+    with pytest.raises(InterruptedError):
+        fit(model, magnetic_tile_root, tmp_path, max_epochs=3, callbacks=[record, StopInThirdEpoch()])
+    assert len(record.steps) == 5
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")
+        model.to_onnx(tmp_path)
+    for name, weights in averaged(record.steps, 0.2).items():
+        torch.testing.assert_close(model.model.get_parameter(name).detach(), weights, msg=name)
+    (checkpoint,) = tmp_path.rglob("model.ckpt")
+    saved = torch.load(checkpoint, weights_only=False)["state_dict"]
+    with pytest.raises(InterruptedError):
+        fit(model, magnetic_tile_root, tmp_path / "again", max_epochs=3, callbacks=[StopInThirdEpoch()])
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")
+        tester = engine(tmp_path / "test")
+        tester.test(model, datamodule=MagneticTile(magnetic_tile_root), ckpt_path=checkpoint, verbose=False)
+        tester.trainer.save_checkpoint(tmp_path / "saved.ckpt")
+    again = torch.load(tmp_path / "saved.ckpt", weights_only=False)["state_dict"]
+    assert not [name for name in differing(saved, again) if name.startswith("model.") and "extra" not in name]
+
+
 def test_a_training_goes_on_with_or_without_averaged_weights(magnetic_tile_root, teacher_weights, tmp_path):
     last, decays = {}, {"off": 0.0, "on": 0.5}
     for start, end in itertools.product(decays, decays):
@@ -319,7 +347,13 @@ def test_a_training_goes_on_with_or_without_averaged_weights(magnetic_tile_root,
         assert len(record.steps) == 6
         last[start, end] = record.steps[-1]
         scored = {name: weight.detach() for name, weight in resumed.model.named_parameters() if weight.requires_grad}
-        assert bool(differing(scored, last[start, end])) == (end == "on")
+        if end == "off":
+            assert not differing(scored, last[start, end])
+        else:  # of all steps, or of those from which on it was asked for
+            expected = averaged(record.steps[0 if start == "on" else 4 :], 0.5)
+            assert set(scored) == set(expected)
+            for name, weights in expected.items():
+                torch.testing.assert_close(scored[name], weights, msg=name)
     assert all(not differing(last["off", "off"], learnt) for learnt in last.values())
 
 
