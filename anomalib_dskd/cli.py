@@ -16,10 +16,10 @@ from rich.table import Column, Table
 from rich.text import Text
 
 from anomalib_dskd.benchmark.config import BenchmarkConfig
-from anomalib_dskd.benchmark.report import write_report
+from anomalib_dskd.benchmark.report.write_report import write_report
 from anomalib_dskd.benchmark.run_benchmark import run_benchmark
-from anomalib_dskd.data.check import check_data
-from anomalib_dskd.data.finding import Finding, Severity
+from anomalib_dskd.check.check_data import check_data
+from anomalib_dskd.check.finding import Finding, Severity
 from anomalib_dskd.errors import DskdError
 
 __all__ = ["main"]

@@ -13,8 +13,8 @@ import timm
 from safetensors import SafetensorError
 from safetensors.torch import save_file
 
+from anomalib_dskd.components.find_weights import WEIGHTS_FOLDER_VARIABLE, find_teacher_weights, hub_repository
 from anomalib_dskd.errors import ArgumentError, DataError
-from anomalib_dskd.weights import WEIGHTS_FOLDER_VARIABLE, find_teacher_weights, hub_repository
 
 __all__ = ["describe_weights", "environment", "write_hub_cache"]
 

@@ -8,7 +8,7 @@ from rich.console import Console
 from anomalib_dskd.benchmark.config import BenchmarkConfig, Job, Task, expand
 from anomalib_dskd.benchmark.hub_cache import describe_weights, environment, write_hub_cache
 from anomalib_dskd.benchmark.progress import BenchmarkProgress
-from anomalib_dskd.benchmark.report import write_report
+from anomalib_dskd.benchmark.report.write_report import write_report
 from anomalib_dskd.benchmark.run_folder import RunFolder
 from anomalib_dskd.benchmark.run_job import check_job, training_id
 from anomalib_dskd.benchmark.runners import LocalRunner, RayRunner

@@ -24,7 +24,7 @@ from anomalib_dskd.benchmark.machine import machine
 from anomalib_dskd.benchmark.predictions import ScoreRecorder, figures, figures_by_class
 from anomalib_dskd.benchmark.run_folder import PREDICTIONS
 from anomalib_dskd.benchmark.speed import measure_cost, measure_openvino, measure_pytorch, peak_memory_mib
-from anomalib_dskd.data.arguments import check_names
+from anomalib_dskd.data.data_module_checks import check_names
 from anomalib_dskd.errors import ArgumentError
 
 __all__ = ["check_job", "failure", "now", "run_job", "training_id"]

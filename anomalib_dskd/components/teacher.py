@@ -8,8 +8,8 @@ from torch import Tensor, nn
 from typing_extensions import Self
 
 from anomalib_dskd.components.backbone import Backbone, FeatureLevel
+from anomalib_dskd.components.teacher_weights import TeacherWeights
 from anomalib_dskd.errors import TeacherWeightsError
-from anomalib_dskd.weights import TeacherWeights
 
 __all__ = ["Teacher"]
 

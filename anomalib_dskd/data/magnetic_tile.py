@@ -17,7 +17,7 @@ from pandas import DataFrame
 from torchvision.transforms.v2 import Transform
 from torchvision.tv_tensors import Mask
 
-from anomalib_dskd.data.arguments import check_seed, check_val_split_mode
+from anomalib_dskd.data.data_module_checks import check_seed, check_val_split_mode
 from anomalib_dskd.data.image_files import READABLE_ERRORS, open_image, read_named_image
 from anomalib_dskd.errors import ArgumentError, DataError
 

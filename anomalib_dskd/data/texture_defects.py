@@ -21,7 +21,7 @@ from skimage.draw import disk, line
 from skimage.morphology import dilation
 from torchvision.transforms.v2 import Transform
 
-from anomalib_dskd.data.arguments import check_seed, check_val_split_mode
+from anomalib_dskd.data.data_module_checks import check_seed, check_val_split_mode
 from anomalib_dskd.errors import ArgumentError, DataError
 
 __all__ = ["CATEGORIES", "DEFECTS", "TextureDefects"]

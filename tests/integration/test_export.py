@@ -13,7 +13,7 @@ from PIL import Image
 
 from anomalib_dskd import Afkd, Dskd, Dtgd, Tad
 from anomalib_dskd.models.distillation.lightning_model import DistillationMixin
-from anomalib_dskd.quantization import map_operations
+from anomalib_dskd.models.distillation.quantization import map_operations
 from tests.conftest import TEACHER
 
 TOLERANCE = 1e-4

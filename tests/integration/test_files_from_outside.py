@@ -17,9 +17,9 @@ from anomalib.data import Folder, PredictDataset
 from PIL import Image
 
 from anomalib_dskd import Dskd, MagneticTile
-from anomalib_dskd.benchmark.report import write_report
+from anomalib_dskd.benchmark.report.write_report import write_report
 from anomalib_dskd.cli import main
-from anomalib_dskd.data.arguments import check_names
+from anomalib_dskd.data.data_module_checks import check_names
 from anomalib_dskd.errors import ArgumentError, CheckpointError, DataError, TeacherWeightsError
 from tests.conftest import TEACHER, engine
 
@@ -243,7 +243,7 @@ def test_forged_predictions_are_refused(changes, message, run_folder):
 
 
 def test_predictions_that_would_fill_the_memory_are_not_unpacked(run_folder, monkeypatch):
-    monkeypatch.setattr("anomalib_dskd.benchmark.gallery.MOST_BYTES", 10_000)
+    monkeypatch.setattr("anomalib_dskd.benchmark.report.gallery.MOST_BYTES", 10_000)
     write_predictions(run_folder, ["a.png", "b.png"], masks=np.zeros((2, 200, 200), dtype=np.uint8))
     with pytest.raises(DataError, match="predictions.npz' cannot be read: it unpacks to 0.0 GiB, and 0 are the most"):
         write_report(run_folder)

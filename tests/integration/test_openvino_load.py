@@ -11,7 +11,7 @@ import pytest
 
 from tests.integration.conftest import MODEL_SIZE, Exported
 
-SCRIPT = Path(__file__).parents[2] / "benchmarks" / "openvino_load.py"
+SCRIPT = Path(__file__).parents[2] / "experiments" / "openvino_load.py"
 IMAGES = [np.random.default_rng(seed).random((1, 3, *MODEL_SIZE), dtype=np.float32) for seed in range(7)]
 
 

@@ -12,7 +12,12 @@ from anomalib.deploy import CompressionType
 from anomalib_dskd import Afkd, Dskd, Dtgd, MagneticTile, Tad
 from anomalib_dskd.errors import ArgumentError
 from anomalib_dskd.models.distillation.lightning_model import DistillationMixin
-from anomalib_dskd.quantization import calibration_images, first_convolutions, map_operations, quantize_networks
+from anomalib_dskd.models.distillation.quantization import (
+    calibration_images,
+    first_convolutions,
+    map_operations,
+    quantize_networks,
+)
 from tests.conftest import TEACHER, engine
 
 pytestmark = pytest.mark.filterwarnings("ignore")  # the libraries' own, in training and export

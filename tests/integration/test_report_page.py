@@ -14,9 +14,9 @@ from pathlib import Path
 
 import numpy as np
 import pytest
-
-from anomalib_dskd.benchmark.report import write_report
 from tests.unit.benchmark.test_report import HOSTILE, NO_FIGURE, small_run
+
+from anomalib_dskd.benchmark.report.write_report import write_report
 
 CHROMIUM = next(filter(None, map(shutil.which, ("chromium", "chromium-browser", "google-chrome"))), None)
 SECONDS = 60  # that the browser has for one answer, on a busy machine

@@ -12,7 +12,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F  # noqa: N812
 
-from anomalib_dskd.arguments import check_choice
+from anomalib_dskd.argument_checks import check_choice
 from anomalib_dskd.components.backbone import FeatureLevel
 from anomalib_dskd.components.convolution import WideConv2d
 from anomalib_dskd.components.embedding import reduction

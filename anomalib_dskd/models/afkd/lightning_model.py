@@ -12,19 +12,19 @@ from anomalib.pre_processing import PreProcessor
 from anomalib.visualization import Visualizer
 from torch import Tensor
 
-from anomalib_dskd.arguments import check_not_negative
+from anomalib_dskd.argument_checks import check_not_negative
 from anomalib_dskd.components.backbone import check_teacher
 from anomalib_dskd.components.discrepancy import distillation_loss
 from anomalib_dskd.components.randomness import seeded
 from anomalib_dskd.models.afkd.fusion import FusionWeights
 from anomalib_dskd.models.afkd.torch_model import AfkdModel
-from anomalib_dskd.models.distillation.arguments import (
+from anomalib_dskd.models.distillation.lightning_model import DistillationMixin
+from anomalib_dskd.models.distillation.training_options import (
     DEFAULT_TEACHER,
     Schedule,
     TrainingOptions,
     resolve_pre_processor,
 )
-from anomalib_dskd.models.distillation.lightning_model import DistillationMixin
 
 __all__ = ["Afkd"]
 

@@ -24,15 +24,19 @@ from torch.utils.data import DataLoader
 from typing_extensions import Self
 
 from anomalib_dskd.components.backbone import full_name
-from anomalib_dskd.components.batch_norm import fresh_statistics
-from anomalib_dskd.components.feature_cache import FeatureCache
-from anomalib_dskd.components.weight_average import WeightAverage
-from anomalib_dskd.data.arguments import check_names
+from anomalib_dskd.components.find_weights import find_teacher_weights
+from anomalib_dskd.data.data_module_checks import check_names
 from anomalib_dskd.data.image_cache import cache_training_images, is_deterministic
 from anomalib_dskd.data.image_files import check_data_files, check_headers, dataset_paths
 from anomalib_dskd.errors import ArgumentError, DataError, NotTrainedError
 from anomalib_dskd.evaluation import RawScoreEvaluator, keep_raw_scores
-from anomalib_dskd.models.distillation.arguments import (
+from anomalib_dskd.models.distillation.checkpoint import handle_checkpoints, name_best_checkpoint, named_errors
+from anomalib_dskd.models.distillation.divergence import check_loss, check_weights
+from anomalib_dskd.models.distillation.images import check_images, warn_of_flat_images
+from anomalib_dskd.models.distillation.quantization import calibration_images, quantize_file
+from anomalib_dskd.models.distillation.seeding import seed_epoch, seed_pseudo_defects, start_loader_anew
+from anomalib_dskd.models.distillation.torch_model import DistillationModel
+from anomalib_dskd.models.distillation.training_options import (
     DEFAULT_IMAGE_SIZE,
     DEFAULT_TEACHER,
     TRAINING_ONLY,
@@ -44,15 +48,11 @@ from anomalib_dskd.models.distillation.arguments import (
     meaning,
     number_of_steps,
 )
-from anomalib_dskd.models.distillation.checkpoint import handle_checkpoints, name_best_checkpoint, named_errors
-from anomalib_dskd.models.distillation.divergence import check_loss, check_weights
-from anomalib_dskd.models.distillation.images import check_images, warn_of_flat_images
-from anomalib_dskd.models.distillation.seeding import seed_epoch, seed_pseudo_defects, start_loader_anew
-from anomalib_dskd.models.distillation.torch_model import DistillationModel
 from anomalib_dskd.post_processing import NormalQuantilePostProcessor
 from anomalib_dskd.pre_processing import create_pre_processor
-from anomalib_dskd.quantization import calibration_images, quantize_file
-from anomalib_dskd.weights import find_teacher_weights
+from anomalib_dskd.training.batch_norm import fresh_statistics
+from anomalib_dskd.training.feature_cache import FeatureCache
+from anomalib_dskd.training.weight_average import WeightAverage
 
 __all__ = ["DistillationMixin"]
 

@@ -10,9 +10,9 @@ from anomalib.data import InferenceBatch
 from torch import Tensor, nn
 
 from anomalib_dskd.components.anomaly_map import AnomalyMapGenerator, anomaly_score
-from anomalib_dskd.components.feature_cache import FeatureCache
 from anomalib_dskd.components.teacher import Teacher
 from anomalib_dskd.errors import ArgumentError
+from anomalib_dskd.training.feature_cache import FeatureCache
 
 __all__ = ["DistillationModel", "Features"]
 

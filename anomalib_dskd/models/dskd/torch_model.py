@@ -6,7 +6,7 @@ from typing import Literal
 from torch import Tensor, nn
 from torch.nn import functional as F  # noqa: N812
 
-from anomalib_dskd.arguments import check_choice
+from anomalib_dskd.argument_checks import check_choice
 from anomalib_dskd.components.backbone import Backbone
 from anomalib_dskd.components.decoder import DecoderStudent
 from anomalib_dskd.components.embedding import DeepFeatureEmbedding, DirectEmbedding

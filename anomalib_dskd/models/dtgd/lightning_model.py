@@ -13,18 +13,18 @@ from anomalib.pre_processing import PreProcessor
 from anomalib.visualization import Visualizer
 from torch import Tensor
 
-from anomalib_dskd.arguments import check_not_negative
+from anomalib_dskd.argument_checks import check_not_negative
 from anomalib_dskd.components.backbone import check_teacher
 from anomalib_dskd.components.pseudo_defects import PseudoDefects
 from anomalib_dskd.components.randomness import seeded
 from anomalib_dskd.errors import ArgumentError
-from anomalib_dskd.models.distillation.arguments import (
+from anomalib_dskd.models.distillation.lightning_model import DistillationMixin
+from anomalib_dskd.models.distillation.training_options import (
     DEFAULT_TEACHER,
     Schedule,
     TrainingOptions,
     resolve_pre_processor,
 )
-from anomalib_dskd.models.distillation.lightning_model import DistillationMixin
 from anomalib_dskd.models.dtgd.loss import DtgdLoss
 from anomalib_dskd.models.dtgd.torch_model import DtgdModel
 from anomalib_dskd.pre_processing import normalisation

@@ -15,20 +15,20 @@ from anomalib.visualization import Visualizer
 from torch import Tensor, nn
 from torch.optim import Optimizer
 
-from anomalib_dskd.arguments import check_choice, check_not_negative
+from anomalib_dskd.argument_checks import check_choice, check_not_negative
 from anomalib_dskd.components.backbone import check_teacher
 from anomalib_dskd.components.discrepancy import distillation_loss
 from anomalib_dskd.components.pseudo_defects import PseudoDefects
 from anomalib_dskd.components.randomness import seeded
 from anomalib_dskd.errors import ArgumentError
-from anomalib_dskd.models.distillation.arguments import (
+from anomalib_dskd.models.distillation.lightning_model import DistillationMixin
+from anomalib_dskd.models.distillation.training_options import (
     DEFAULT_TEACHER,
     Schedule,
     TrainingOptions,
     resolve_pre_processor,
     steps_an_epoch,
 )
-from anomalib_dskd.models.distillation.lightning_model import DistillationMixin
 from anomalib_dskd.models.tad.assistant import Assistant, GuidanceAttention
 from anomalib_dskd.models.tad.loss import entropy_loss, guidance_losses
 from anomalib_dskd.models.tad.torch_model import TadModel

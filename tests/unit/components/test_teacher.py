@@ -7,8 +7,8 @@ import torch
 from torch import Tensor, nn
 
 from anomalib_dskd.components.teacher import Teacher
+from anomalib_dskd.components.teacher_weights import TeacherWeights
 from anomalib_dskd.errors import TeacherWeightsError
-from anomalib_dskd.weights import TeacherWeights
 from tests.conftest import TEACHER
 
 LAYERS = (1, 2, 3)

@@ -4,10 +4,10 @@ from torch import Tensor
 from torch.utils.flop_counter import FlopCounterMode
 
 from anomalib_dskd.components.discrepancy import distillation_loss
-from anomalib_dskd.components.feature_cache import FeatureCache
 from anomalib_dskd.errors import ArgumentError
 from anomalib_dskd.models.afkd.torch_model import AfkdModel
 from anomalib_dskd.models.dskd.torch_model import DskdModel
+from anomalib_dskd.training.feature_cache import FeatureCache
 from tests.conftest import TEACHER
 
 

@@ -15,11 +15,11 @@ from torchvision.transforms.v2 import Normalize, Resize
 
 from anomalib_dskd import Dskd, MagneticTile
 from anomalib_dskd.components.anomaly_map import AnomalyMapGenerator
-from anomalib_dskd.components.feature_cache import FeatureCache
 from anomalib_dskd.data import magnetic_tile
 from anomalib_dskd.errors import ArgumentError, DataError, DivergedError, NotTrainedError, TeacherWeightsError
 from anomalib_dskd.evaluation import RawScoreEvaluator
 from anomalib_dskd.models.dskd.loss import DskdLoss
+from anomalib_dskd.training.feature_cache import FeatureCache
 from tests.conftest import TEACHER, differing, engine
 
 

@@ -4,7 +4,7 @@ from anomalib.data import ImageBatch
 from lightning import Trainer
 
 from anomalib_dskd import Dtgd
-from anomalib_dskd.components.feature_cache import FeatureCache
+from anomalib_dskd.training.feature_cache import FeatureCache
 from tests.conftest import TEACHER
 
 

@@ -10,10 +10,10 @@ from torch.nn.modules.batchnorm import _BatchNorm
 
 from anomalib_dskd import MagneticTile, Tad
 from anomalib_dskd.components.discrepancy import distillation_loss
-from anomalib_dskd.components.feature_cache import FeatureCache
 from anomalib_dskd.errors import ArgumentError, NotTrainedError
 from anomalib_dskd.models.tad.lightning_model import is_assistants_epoch
 from anomalib_dskd.models.tad.loss import entropy_loss, guidance_losses
+from anomalib_dskd.training.feature_cache import FeatureCache
 from tests.conftest import TEACHER, engine
 
 ASSISTANT = "test_efficientnet"

@@ -5,7 +5,7 @@ import pytest
 import torch
 from torch import nn
 
-from anomalib_dskd.components.weight_average import WeightAverage
+from anomalib_dskd.training.weight_average import WeightAverage
 
 
 def network() -> nn.Sequential:

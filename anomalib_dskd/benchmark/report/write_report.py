@@ -17,8 +17,8 @@ from typing import Any
 
 from jinja2 import Environment, FileSystemLoader, StrictUndefined
 
-from anomalib_dskd.benchmark import paper
-from anomalib_dskd.benchmark.facts import (
+from anomalib_dskd.benchmark.report import paper
+from anomalib_dskd.benchmark.report.facts import (
     facts_of,
     failure_table,
     machine_table,
@@ -26,10 +26,9 @@ from anomalib_dskd.benchmark.facts import (
     settings_table,
     weights_table,
 )
-from anomalib_dskd.benchmark.gallery import Gallery, make_gallery
-from anomalib_dskd.benchmark.run_folder import CONFIG, RESULTS, read_plan, read_results
-from anomalib_dskd.benchmark.scatter import draw_accuracy_against_latency
-from anomalib_dskd.benchmark.sections import (
+from anomalib_dskd.benchmark.report.gallery import Gallery, make_gallery
+from anomalib_dskd.benchmark.report.scatter import draw_accuracy_against_latency
+from anomalib_dskd.benchmark.report.sections import (
     DataSet,
     ablation_table,
     category_tables,
@@ -38,7 +37,8 @@ from anomalib_dskd.benchmark.sections import (
     points_of,
     summary_table,
 )
-from anomalib_dskd.benchmark.tables import ACCURACY, COSTS, IMAGE_AUROC, Record, Table, value_at
+from anomalib_dskd.benchmark.report.tables import ACCURACY, COSTS, IMAGE_AUROC, Record, Table, value_at
+from anomalib_dskd.benchmark.run_folder import CONFIG, RESULTS, read_plan, read_results
 from anomalib_dskd.errors import ArgumentError, DataError
 
 __all__ = ["write_report"]

@@ -3,7 +3,7 @@
 The good tiles of the test set are halved at random, many times: one half is the validation, which has no defects, the
 other half tells the false alarms. The defects are those of the test set.
 
-    python benchmarks/normal_thresholds.py --root datasets/MagneticTile --checkpoint results/.../model.ckpt
+    python experiments/normal_thresholds.py --root datasets/MagneticTile --checkpoint results/.../model.ckpt
 """
 
 import argparse

@@ -13,7 +13,7 @@ from lightning.pytorch.plugins import MixedPrecision
 from torch import nn
 from typing_extensions import Self
 
-from anomalib_dskd.arguments import check_choice, check_not_negative
+from anomalib_dskd.argument_checks import check_choice, check_not_negative
 from anomalib_dskd.errors import ArgumentError
 from anomalib_dskd.pre_processing import check_normalisation, create_pre_processor
 

@@ -5,8 +5,8 @@ from collections import Counter
 from collections.abc import Iterable, Mapping, Sequence
 from typing import Any
 
-from anomalib_dskd.benchmark.sections import DataSet
-from anomalib_dskd.benchmark.tables import NOT_MEASURED, Cell, Column, Record, Table, values_of
+from anomalib_dskd.benchmark.report.sections import DataSet
+from anomalib_dskd.benchmark.report.tables import NOT_MEASURED, Cell, Column, Record, Table, values_of
 
 __all__ = [
     "facts_of",

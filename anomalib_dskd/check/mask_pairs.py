@@ -13,7 +13,7 @@ from typing import NamedTuple
 from anomalib.data import AnomalibDataModule, Folder
 from torchvision.datasets.folder import IMG_EXTENSIONS
 
-from anomalib_dskd.data.finding import Finding
+from anomalib_dskd.check.finding import Finding
 
 __all__ = ["find_unpaired"]
 

@@ -3,7 +3,7 @@
 A fifth of the good training tiles is held out; their loss, of both students, tells which weights are better without a
 defect. The test set's figures are there to judge that.
 
-    python benchmarks/weight_average.py --root PATH --weights resnet18.tv_in1k.safetensors --seeds 0 1 2
+    python experiments/weight_average.py --root PATH --weights resnet18.tv_in1k.safetensors --seeds 0 1 2
 """
 
 import argparse

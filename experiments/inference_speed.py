@@ -4,7 +4,7 @@ All models are measured by turns, round after round, so that a slower minute of 
 do not change the time, so each model is trained for one batch only. What a model computes in floating point is done in
 32 bits (``INFERENCE_PRECISION_HINT``), unless its row says otherwise; processors without bfloat16 units ignore that.
 
-    python benchmarks/inference_speed.py --root datasets/MagneticTile --weights resnet18.tv_in1k.safetensors
+    python experiments/inference_speed.py --root datasets/MagneticTile --weights resnet18.tv_in1k.safetensors
 """
 
 import argparse
@@ -49,7 +49,7 @@ from anomalib_dskd.benchmark.speed import measure_cost  # noqa: E402
 from anomalib_dskd.benchmark.timing import images_per_second  # noqa: E402
 from anomalib_dskd.components.anomaly_map import AnomalyMapGenerator, sum_of_levels  # noqa: E402
 from anomalib_dskd.models.distillation.lightning_model import DistillationMixin  # noqa: E402
-from anomalib_dskd.quantization import map_operations  # noqa: E402
+from anomalib_dskd.models.distillation.quantization import map_operations  # noqa: E402
 
 OFF = {"visualizer": False, "evaluator": False}
 SIZE = (options.size, options.size)

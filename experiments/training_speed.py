@@ -3,7 +3,7 @@
 All variants train on the same tiles with the same ResNet18, one after the other in each round, so that a slower
 minute of the machine meets all of them. The first epoch of each, which fills caches, is left out.
 
-    python benchmarks/training_speed.py --root datasets/MagneticTile --weights resnet18.tv_in1k.safetensors
+    python experiments/training_speed.py --root datasets/MagneticTile --weights resnet18.tv_in1k.safetensors
 """
 
 import argparse

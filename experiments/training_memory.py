@@ -4,7 +4,7 @@ Each training is a process of its own, on pictures of random noise that are writ
 largest of ten looks a second at the memory that is the process's own or shared (Linux). Pages of files on a disk, such
 as those beyond what is kept in memory, are not counted: the system takes them back when others need the room.
 
-    python benchmarks/training_memory.py --weights resnet18.tv_in1k.safetensors
+    python experiments/training_memory.py --weights resnet18.tv_in1k.safetensors
 """
 
 import argparse

@@ -1,6 +1,6 @@
 """What compression costs in accuracy: a trained DSKD's OpenVINO exports on the whole test set of Magnetic Tile Defects.
 
-python benchmarks/compression_accuracy.py --root datasets/MagneticTile --checkpoint model.ckpt
+python experiments/compression_accuracy.py --root datasets/MagneticTile --checkpoint model.ckpt
 """
 
 import argparse

@@ -7,8 +7,8 @@ import pytest
 import torch
 from torch.nn import functional as F  # noqa: N812
 
-from anomalib_dskd.components import feature_cache
-from anomalib_dskd.components.feature_cache import FeatureCache
+from anomalib_dskd.training import feature_cache
+from anomalib_dskd.training.feature_cache import FeatureCache
 
 
 class Counting:

@@ -11,11 +11,11 @@ import pytest
 from PIL import Image
 from sklearn.metrics import roc_auc_score
 
-from anomalib_dskd.benchmark import paper
-from anomalib_dskd.benchmark.gallery import OUTLINE, SIDE, make_gallery, share_below
-from anomalib_dskd.benchmark.report import write_report
-from anomalib_dskd.benchmark.scatter import Point, draw_accuracy_against_latency
-from anomalib_dskd.benchmark.tables import AUPRO, IMAGE_AUROC, summarise
+from anomalib_dskd.benchmark.report import paper
+from anomalib_dskd.benchmark.report.gallery import OUTLINE, SIDE, make_gallery, share_below
+from anomalib_dskd.benchmark.report.scatter import Point, draw_accuracy_against_latency
+from anomalib_dskd.benchmark.report.tables import AUPRO, IMAGE_AUROC, summarise
+from anomalib_dskd.benchmark.report.write_report import write_report
 from anomalib_dskd.errors import ArgumentError, DataError
 
 HOSTILE = '<b>&"x'

@@ -3,7 +3,7 @@
 Nothing is trained. The model must have been trained with both losses. A pair's row is not the paper's where that also
 leaves out a loss.
 
-    python benchmarks/map_variants.py --root datasets/MagneticTile --checkpoint model.ckpt
+    python experiments/map_variants.py --root datasets/MagneticTile --checkpoint model.ckpt
 """
 
 import argparse

@@ -3,8 +3,8 @@
 Each thread has an infer request of its own, as OpenVINO asks for; calling the compiled model itself from several
 threads is refused there. Each result must equal, bit by bit, the one that a single thread had for the same image.
 
-    python benchmarks/openvino_load.py                      # an untrained DSKD: what it has learnt does not matter
-    python benchmarks/openvino_load.py --model model.xml --size 256
+    python experiments/openvino_load.py                      # an untrained DSKD: what it has learnt does not matter
+    python experiments/openvino_load.py --model model.xml --size 256
 """
 
 import argparse

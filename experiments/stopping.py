@@ -4,7 +4,7 @@ A fifth of the good training tiles is held out, and half of those are damaged by
 Their figures are what a stop can watch; the test set's are there to judge it. ``--variant`` tries what may keep the
 students from learning to copy the teacher on defects too.
 
-    python benchmarks/stopping.py --root datasets/MagneticTile --weights resnet18.tv_in1k.safetensors --seeds 0 1 2
+    python experiments/stopping.py --root datasets/MagneticTile --weights resnet18.tv_in1k.safetensors --seeds 0 1 2
 """
 
 import argparse

@@ -4,7 +4,7 @@ import pytest
 import torch
 from torch import nn
 
-from anomalib_dskd.components.batch_norm import fresh_statistics
+from anomalib_dskd.training.batch_norm import fresh_statistics
 
 
 def network() -> nn.Sequential:

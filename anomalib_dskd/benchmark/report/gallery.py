@@ -13,8 +13,8 @@ import numpy as np
 from numpy.typing import NDArray
 from PIL import Image
 
+from anomalib_dskd.benchmark.report.tables import Record
 from anomalib_dskd.benchmark.run_folder import PREDICTIONS, job_path
-from anomalib_dskd.benchmark.tables import Record
 from anomalib_dskd.data.image_files import READABLE_ERRORS, open_image
 from anomalib_dskd.errors import DataError, UnsafeImageError
 

@@ -18,9 +18,9 @@ from anomalib.data.utils.synthetic import SyntheticAnomalyDataset
 from numpy.typing import NDArray
 from PIL import ExifTags, Image, ImageStat
 
-from anomalib_dskd.data.finding import Finding, Severity
+from anomalib_dskd.check.finding import Finding, Severity
+from anomalib_dskd.check.mask_pairs import find_unpaired
 from anomalib_dskd.data.image_files import READABLE_ERRORS, is_deep, open_image
-from anomalib_dskd.data.mask_pairs import find_unpaired
 from anomalib_dskd.errors import UnsafeImageError
 
 __all__ = ["check_data", "check_splits"]

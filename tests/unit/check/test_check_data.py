@@ -12,7 +12,7 @@ from anomalib.data import Folder, MVTecAD
 from PIL import Image
 
 from anomalib_dskd import MagneticTile
-from anomalib_dskd.data.check import check_data, check_splits
+from anomalib_dskd.check.check_data import check_data, check_splits
 from tests.conftest import png_chunk, write_bomb
 
 SIDE = 48

@@ -4,9 +4,9 @@ from collections import Counter, defaultdict
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 
-from anomalib_dskd.benchmark import paper
-from anomalib_dskd.benchmark.scatter import Point
-from anomalib_dskd.benchmark.tables import (
+from anomalib_dskd.benchmark.report import paper
+from anomalib_dskd.benchmark.report.scatter import Point
+from anomalib_dskd.benchmark.report.tables import (
     ACCURACY,
     COSTS,
     IMAGE_AUROC,

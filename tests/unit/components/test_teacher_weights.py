@@ -19,12 +19,13 @@ from huggingface_hub import constants as hub_constants
 from safetensors.torch import load_file, save_file
 from torch import Tensor
 
-from anomalib_dskd import weights as weights_module
+from anomalib_dskd.components import find_weights
 from anomalib_dskd.components.backbone import Backbone
+from anomalib_dskd.components.find_weights import WEIGHTS_FOLDER_VARIABLE, find_teacher_weights
 from anomalib_dskd.components.teacher import Teacher
+from anomalib_dskd.components.teacher_weights import TeacherWeights
 from anomalib_dskd.errors import TeacherWeightsError
 from anomalib_dskd.pre_processing import create_pre_processor
-from anomalib_dskd.weights import WEIGHTS_FOLDER_VARIABLE, TeacherWeights, find_teacher_weights
 from tests.conftest import TEACHER, write_weights
 
 ARCHITECTURE = TEACHER.partition(".")[0]
@@ -212,7 +213,7 @@ def test_teacher_that_timm_has_no_weights_for():
 def test_a_hub_that_fails_without_a_word_is_told_of(monkeypatch: pytest.MonkeyPatch):
     monkeypatch.setattr(hub_constants, "HF_HUB_OFFLINE", False)
     metadata = lambda *_, **__: (_ for _ in ()).throw(TimeoutError())  # noqa: E731
-    monkeypatch.setattr(weights_module.huggingface_hub, "get_hf_file_metadata", metadata)
+    monkeypatch.setattr(find_weights.huggingface_hub, "get_hf_file_metadata", metadata)
     with pytest.raises(TeacherWeightsError, match="Hugging Face hub, .*: TimeoutError: no reason given"):
         find_teacher_weights(TEACHER)
 
@@ -318,8 +319,8 @@ def test_unreachable_hub_is_listed_soon(use_hub: Callable[[int], None]):
 
 
 def test_hub_that_never_answers_is_listed_soon(use_hub: Callable[[int], None], monkeypatch: pytest.MonkeyPatch):
-    assert weights_module.HUB_TIMEOUT <= 5
-    monkeypatch.setattr(weights_module, "HUB_TIMEOUT", 0.2)
+    assert find_weights.HUB_TIMEOUT <= 5
+    monkeypatch.setattr(find_weights, "HUB_TIMEOUT", 0.2)
     with socket.socket() as silent:
         silent.bind(("127.0.0.1", 0))
         silent.listen()

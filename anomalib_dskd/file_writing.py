@@ -1,0 +1,33 @@
+"""Write a file whole or not at all: a reader, or a run after a crash, never finds half of it."""
+
+import contextlib
+import os
+from pathlib import Path
+
+__all__ = ["write_file"]
+
+
+def write_file(path: Path, content: str | bytes | memoryview) -> None:
+    """Put a file in place of another once it is complete and on the disk; its folder is created if it is missing.
+
+    The content is written beside the file, as ``<name>.part``, and renamed: on one file system a rename is atomic.
+
+    Args:
+        path: file to write.
+        content: bytes, or text, which is written as UTF-8.
+
+    Raises:
+        OSError: the file cannot be written; what was there before is left as it was.
+    """
+    part = path.with_name(f"{path.name}.part")
+    path.parent.mkdir(parents=True, exist_ok=True)
+    try:
+        with part.open("wb") as file:
+            file.write(content.encode() if isinstance(content, str) else content)
+            file.flush()
+            os.fsync(file.fileno())  # else a rename can reach the disk before the content does
+        part.replace(path)
+    except OSError:
+        with contextlib.suppress(OSError):
+            part.unlink(missing_ok=True)
+        raise

@@ -1,0 +1,1 @@
+"""Building blocks of training that no network holds: feature cache, averaged weights, batch-norm statistics."""
