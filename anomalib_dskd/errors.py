@@ -1,4 +1,4 @@
-"""Errors that say what was given, what is legal and what to do."""
+"""The errors of this package. Each message says what was given, what is supported and what to do."""
 
 __all__ = [
     "ArgumentError",
@@ -13,11 +13,11 @@ __all__ = [
 
 
 class DskdError(Exception):
-    """Base of every error that this package raises on purpose."""
+    """Base class of the errors that this package raises."""
 
 
 class ArgumentError(DskdError, ValueError):
-    """An argument has a value that the model or the data module cannot work with."""
+    """An argument has a value that the model or the data module does not support."""
 
 
 class TeacherWeightsError(DskdError):
@@ -25,7 +25,7 @@ class TeacherWeightsError(DskdError):
 
 
 class DataError(DskdError):
-    """A file or folder of a data set is missing, unreadable or not laid out as expected."""
+    """A file or folder of a data set is missing, unreadable or does not have the expected layout."""
 
 
 class UnsafeImageError(DataError):
@@ -33,11 +33,11 @@ class UnsafeImageError(DataError):
 
 
 class NotTrainedError(DskdError, RuntimeError):
-    """A result was asked of a model whose students have not been trained."""
+    """An operation needs a trained model, and the students have not been trained."""
 
 
 class DivergedError(DskdError, ArithmeticError):
-    """The training loss or a weight is no longer a finite number."""
+    """The training loss or a weight is not finite."""
 
 
 class CheckpointError(DskdError, OSError):

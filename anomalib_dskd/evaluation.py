@@ -1,9 +1,9 @@
-"""The paper's figures, computed on scores as the model gives them.
+"""Evaluation metrics of the paper (AUROC, AUPRO, F1), computed on raw scores.
 
-anomalib's post-processor rescales scores and clamps them to [0, 1] before its metrics see them, which ties the
-most anomalous images with one another and lowers AUROC and AUPRO. :func:`keep_raw_scores` puts the unclamped
-values beside the others on the batch, and the metrics of :class:`RawScoreEvaluator` read those. This is the one
-place that works around it; ``tests/unit/test_evaluation.py`` tells when it is no longer needed.
+anomalib's post-processor normalizes scores and clamps them to [0, 1] before its metrics read them. This makes the
+most anomalous images indistinguishable and lowers AUROC and AUPRO. :func:`keep_raw_scores` adds the unclamped values
+to the batch, and the metrics of :class:`RawScoreEvaluator` read those. No other module works around the clamping;
+``tests/unit/test_evaluation.py`` fails when anomalib no longer needs the workaround.
 """
 
 from collections.abc import Sequence
@@ -17,29 +17,29 @@ FPR_LIMIT = 0.3  # of AUPRO; section 4.1.3
 
 
 def keep_raw_scores(batch: ImageBatch, predictions: InferenceBatch, *, largest: float) -> None:
-    """Put score and map, divided by their upper bound, on ``batch`` for the metrics.
+    """Add score and map, divided by their upper bound, to ``batch`` for the metrics.
 
-    The division keeps the order and brings the values into [0, 1]: torchmetrics passes a batch with any value
-    outside through a sigmoid, and others not.
+    The division preserves the order and brings the values into [0, 1]: torchmetrics applies a sigmoid to a batch that
+    has any value outside that range, and not to other batches.
 
     Args:
-        batch: gains ``raw_pred_score`` ``(B, 1)`` and ``raw_anomaly_map`` ``(B, 1, H, W)``.
+        batch: gets ``raw_pred_score`` ``(B, 1)`` and ``raw_anomaly_map`` ``(B, 1, H, W)``.
         predictions: the model's output before post-processing.
-        largest: upper bound of both.
+        largest: upper bound of score and map.
     """
     for name in ("pred_score", "anomaly_map"):
-        vars(batch)[f"raw_{name}"] = (getattr(predictions, name) / largest).clamp(0, 1)  # rounding errors
+        vars(batch)[f"raw_{name}"] = (getattr(predictions, name) / largest).clamp(0, 1)  # against rounding errors
 
 
 class RawScoreEvaluator(Evaluator):
     """Image AUROC and F1, pixel AUROC and F1, and AUPRO up to a false positive rate of 0.3.
 
-    The pixel figures are left out where the data has no masks. The F1 scores are those of the labels that the
+    Pixel metrics are omitted if the dataset has no masks. The F1 scores are those of the labels and masks that the
     post-processor's thresholds give.
 
     Args:
-        validation: compute the figures that need no threshold (AUROC, AUPRO) on the validation set too, each
-            time it is run; early stopping and checkpoints can monitor them.
+        validation: whether to compute the metrics that need no threshold (AUROC, AUPRO) in each validation too, so
+            that early stopping and checkpoints can monitor them.
     """
 
     def __init__(self, *, validation: bool = False) -> None:

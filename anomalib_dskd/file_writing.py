@@ -10,7 +10,8 @@ __all__ = ["write_file"]
 def write_file(path: Path, content: str | bytes | memoryview) -> None:
     """Put a file in place of another once it is complete and on the disk; its folder is created if it is missing.
 
-    The content is written beside the file, as ``<name>.part``, and renamed: on one file system a rename is atomic.
+    The content is written to ``<name>.part`` in the same folder and renamed, which is atomic on one file system. Links
+    are replaced and never followed: they may lead out of a folder that someone else has made.
 
     Args:
         path: file to write.
@@ -22,7 +23,8 @@ def write_file(path: Path, content: str | bytes | memoryview) -> None:
     part = path.with_name(f"{path.name}.part")
     path.parent.mkdir(parents=True, exist_ok=True)
     try:
-        with part.open("wb") as file:
+        part.unlink(missing_ok=True)
+        with part.open("xb") as file:
             file.write(content.encode() if isinstance(content, str) else content)
             file.flush()
             os.fsync(file.fileno())  # else a rename can reach the disk before the content does

@@ -1,4 +1,4 @@
-"""Thresholds and normalised scores, also where validation has good images alone."""
+"""Post-processing: thresholds and normalized scores, also for validation sets with normal images only."""
 
 import logging
 from typing import Any
@@ -23,61 +23,64 @@ LEVELS = ("image", "pixel")
 
 
 class NormalQuantileThreshold(F1AdaptiveThreshold):
-    """anomalib's threshold where there are defects, a quantile of the good images' scores where there are none.
+    """anomalib's adaptive F1 threshold if there are anomalous images, else a quantile of the normal images' scores.
 
-    Of a map, an image's largest value counts: a mask then outlines something in no more good images than that.
+    The score of an anomaly map is its largest value: masks are then non-empty for as few normal images as are
+    predicted anomalous.
 
     Args:
-        fields: of a batch: scores ``(B,)`` or maps ``(B, H, W)``, and labels or masks of the same shape.
-        quantile: from 0 to 1.
+        fields: names of two fields of a batch: scores ``(B,)`` or maps ``(B, H, W)``, and labels or masks of the same
+            shape.
+        quantile: quantile from 0 to 1.
     """
 
     def __init__(self, fields: list[str], *, quantile: float) -> None:
         super().__init__(fields=fields, strict=False)
         self.quantile = quantile
         self.normal_images: int | None = None
-        """Good images that the last threshold is a quantile of; None if it is anomalib's."""
-        self.largest: list[Tensor]
-        self.add_state("largest", default=[], dist_reduce_fx="cat")
+        """Number of normal images that the last threshold is a quantile of; None if it is anomalib's."""
+        self.normal_scores: list[Tensor]
+        self.add_state("normal_scores", default=[], dist_reduce_fx="cat")
 
     def update(self, batch: Batch[Any], *_: Any, **__: Any) -> None:  # type: ignore[override] # noqa: ANN401
-        """Add a batch, unless it lacks one of the fields."""
+        """Add a batch, unless one of the fields is missing."""
         super().update(batch)
         scores, defects = (getattr(batch, field, None) for field in self.fields)
         if scores is not None and defects is not None:
-            is_good = ~defects.reshape(len(defects), -1).any(dim=1)
-            self.largest.append(scores.reshape(len(scores), -1).amax(dim=1)[is_good])  # (B, ...) to (good images,)
+            is_normal = ~defects.reshape(len(defects), -1).any(dim=1)
+            # (B, ...) to (normal images,)
+            self.normal_scores.append(scores.reshape(len(scores), -1).amax(dim=1)[is_normal])
 
     def compute(self) -> Tensor:  # type: ignore[override] # torchmetrics returns its curve, anomalib one number
-        """Return the threshold, and note in :attr:`normal_images` which one it is."""
+        """Return the threshold, and record its kind in :attr:`normal_images`."""
         self.normal_images = None
         if self._has_anomalous_samples():
             return super().compute()
-        largest = dim_zero_cat(self.largest)
-        self.normal_images = len(largest)
-        return torch.quantile(largest, self.quantile)
+        scores = dim_zero_cat(self.normal_scores)
+        self.normal_images = len(scores)
+        return torch.quantile(scores, self.quantile)
 
 
 class NormalQuantilePostProcessor(PostProcessor):
-    r"""anomalib's post-processor, with a threshold that needs no defects.
+    r"""anomalib's post-processor with a threshold that needs no anomalous images.
 
-    A normalised score of 0.5 is the threshold, and an image is called defective above it. What the threshold is,
-    depends on the validation set:
+    A normalized score above 0.5, the threshold, is predicted anomalous. The validation set determines the threshold:
 
-    - With defects, it is anomalib's: the one with the best F1 score. Scores are shifted to it and divided by the span
-      of the validation set's scores.
-    - Without, it is a quantile of the good images' scores: at 0.95, about one good part in twenty is called defective.
-      (anomalib takes the largest: then one odd image among the good ones decides, and more images raise it.) A
-      normalised score is the share of twice the threshold,
+    - With anomalous images, threshold and normalization are anomalib's: the threshold has the best F1 score; scores
+      are shifted by it and divided by the range of the validation scores.
+    - With normal images only, the threshold t is a quantile of their scores: at 0.95, about one normal image in
+      twenty is predicted anomalous. (anomalib takes the largest score: a single outlier among the normal images
+      determines it, and more images raise it.) The normalized score is the score's share of twice the threshold,
 
       .. math:: \min\left(\frac{s}{2 t}, 1\right)
 
-      so that 0 means no discrepancy at all, and 0.6 a fifth more than the threshold. (anomalib divides by the span
-      of the good images' scores, which one odd image stretches too.) Maps are treated the same, where each image's
-      largest value counts: outlines appear in about one good image in twenty, not on every twentieth pixel.
+      so that 0 means no discrepancy, and 0.6 means 20 % above the threshold. (anomalib divides by the range of the
+      normal images' scores, which a single outlier stretches, too.) The same applies to anomaly maps, with the
+      largest value of each as its score: masks are non-empty for about one normal image in twenty, instead of
+      covering every twentieth pixel.
 
-    A sensitivity above 0.5 moves the decision down, below 0.5 up: to :math:`2 t (1 - \text{sensitivity})` without
-    defects. All of it is part of checkpoints and exported models.
+    A sensitivity above 0.5 lowers the decision threshold, one below 0.5 raises it: to
+    :math:`2 t (1 - \text{sensitivity})` with normal images only. Checkpoints and exported models contain all of this.
 
     Args:
         enable_normalization: as in anomalib.
@@ -85,9 +88,9 @@ class NormalQuantilePostProcessor(PostProcessor):
         enable_threshold_matching: as in anomalib.
         image_sensitivity: as in anomalib. Default: the checkpoint's, or 0.5.
         pixel_sensitivity: as in anomalib. Default: the checkpoint's, or 0.5.
-        normal_quantile: share of the good images in validation that are to stay below the threshold, if there are no
-            defects. Used when validation sets the thresholds, which is in training. Default, our choice: the
-            checkpoint's, or 0.95, since 20 images are enough to tell it.
+        normal_quantile: share of the normal validation images whose scores are below the threshold, if there are no
+            anomalous ones. Used when validation sets the thresholds, that is, in training. Default: the checkpoint's,
+            or 0.95 (our choice: 20 images are enough to estimate it).
 
     Raises:
         ArgumentError: a value is out of range.
@@ -106,12 +109,12 @@ class NormalQuantilePostProcessor(PostProcessor):
         *,
         normal_quantile: float | None = None,
     ) -> None:
-        given = {
+        arguments = {
             "image_sensitivity": image_sensitivity,
             "pixel_sensitivity": pixel_sensitivity,
             "normal_quantile": normal_quantile,
         }
-        self._given = {name: value for name, value in given.items() if value is not None}
+        self._given = {name: value for name, value in arguments.items() if value is not None}
         for name, value in self._given.items():
             if not 0 <= value <= 1:
                 msg = f"{name} {value!r} must be a number from 0 to 1."
@@ -123,20 +126,17 @@ class NormalQuantilePostProcessor(PostProcessor):
             image_sensitivity=self._given.get("image_sensitivity", SENSITIVITY),
             pixel_sensitivity=self._given.get("pixel_sensitivity", SENSITIVITY),
         )
-        self.normal_quantile = self._given.get("normal_quantile", NORMAL_QUANTILE)
-        self._image_threshold_metric = self._threshold_metric("pred_score", "gt_label")
-        self._pixel_threshold_metric = self._threshold_metric("anomaly_map", "gt_mask")
-        self._has_told = False
-
-    def _threshold_metric(self, *fields: str) -> NormalQuantileThreshold:
-        return NormalQuantileThreshold(list(fields), quantile=self.normal_quantile)
+        quantile = self.normal_quantile = self._given.get("normal_quantile", NORMAL_QUANTILE)
+        self._image_threshold_metric = NormalQuantileThreshold(["pred_score", "gt_label"], quantile=quantile)
+        self._pixel_threshold_metric = NormalQuantileThreshold(["anomaly_map", "gt_mask"], quantile=quantile)
+        self._has_warned = False
 
     @property
     def _checkpoint_config_keys(self) -> tuple[str, ...]:
         return (*super()._checkpoint_config_keys, "normal_quantile")
 
     def load_checkpoint_config(self, config: dict[str, Any]) -> None:
-        """Take over a checkpoint's settings, except those that were given to the constructor."""
+        """Load a checkpoint's settings, except those that were given to the constructor."""
         super().load_checkpoint_config({name: value for name, value in config.items() if name not in self._given})
         for metric in (self._image_threshold_metric, self._pixel_threshold_metric):
             metric.quantile = self.normal_quantile
@@ -147,31 +147,31 @@ class NormalQuantilePostProcessor(PostProcessor):
         for metric in metrics.values():
             metric.normal_images = None  # of an earlier validation
         super().on_validation_epoch_end(trainer, pl_module)
-        is_good_alone = any(metric.normal_images is not None for metric in metrics.values())
-        if not (is_good_alone and self.enable_thresholding):
+        counts = [metric.normal_images for metric in metrics.values() if metric.normal_images is not None]
+        if not (counts and self.enable_thresholding):
             return
-        self._tell_of_few_images(max(metric.normal_images or 0 for metric in metrics.values()))
+        self._warn_of_few_images(max(counts))
         if self.enable_normalization:
             for level in LEVELS:
-                has_own = not getattr(self, f"_{level}_threshold").isnan()
-                if metrics[level].normal_images is not None or not has_own:
+                has_threshold = not getattr(self, f"_{level}_threshold").isnan()
+                if metrics[level].normal_images is not None or not has_threshold:
                     self._scale_by_threshold(level)
 
     def _scale_by_threshold(self, level: str) -> None:
-        """Let 0 stay 0, and the threshold become 0.5."""
-        threshold: Tensor = getattr(self, f"{level}_threshold")  # the other level's where this one has none
+        """Map a score of 0 to 0, and the threshold to 0.5."""
+        threshold: Tensor = getattr(self, f"{level}_threshold")  # the other level's if this one has none
         smallest: Tensor = getattr(self, f"{level}_min")
-        if threshold > 0 and smallest >= 0:  # else the model's scores do not start at 0: anomalib's range
+        if threshold > 0 and smallest >= 0:  # otherwise scores do not start at 0: anomalib's range
             smallest.zero_()
             getattr(self, f"{level}_max").copy_(2 * threshold)
 
-    def _tell_of_few_images(self, images: int) -> None:
+    def _warn_of_few_images(self, images: int) -> None:
         needed = 1 / (1 - self.normal_quantile) if self.normal_quantile < 1 else 1
-        if images + 1e-6 < needed and not self._has_told:
-            self._has_told = True
+        if images + 1e-6 < needed and not self._has_warned:
+            self._has_warned = True
             logger.warning(
-                "validation has %d good images and no defects: too few to tell their %g quantile, so that the "
-                "threshold is close to the largest score among them. Validate with %d or more, or give a smaller "
+                "validation has %d normal images and no anomalous ones: too few to estimate the %g quantile, so that "
+                "the threshold is close to their largest score. Validate with %d or more, or give a smaller "
                 "normal_quantile.",
                 images,
                 self.normal_quantile,

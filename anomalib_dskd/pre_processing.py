@@ -1,4 +1,4 @@
-"""What an image goes through before the networks see it."""
+"""Image pre-processing: resizing and normalization with the teacher's mean and standard deviation."""
 
 from collections.abc import Sequence
 
@@ -10,50 +10,51 @@ from torchvision.transforms.v2 import Compose, Normalize, Resize
 
 from anomalib_dskd.errors import ArgumentError
 
-__all__ = ["check_normalisation", "create_pre_processor", "normalisation"]
+__all__ = ["check_normalization", "create_pre_processor", "get_normalization"]
 
 
 def create_pre_processor(teacher: str, image_size: tuple[int, int]) -> PreProcessor:
-    """Resize without a crop, then normalise with the mean and deviation that the teacher was trained with.
+    """Return a pre-processor that resizes without cropping and normalizes as in the teacher's pretraining.
 
-    ``antialias`` is off because anomalib switches it off in exported models: with it on in training, the same
-    image would score differently on the line.
+    ``antialias`` is off because anomalib switches it off in exported models: with antialiasing in training, the same
+    image would get another score at inference.
 
     Args:
         teacher: timm model name.
         image_size: height and width in pixels.
     """
-    mean, std = normalisation(teacher)
+    mean, std = get_normalization(teacher)
     return PreProcessor(transform=Compose([Resize(image_size, antialias=False), Normalize(mean=mean, std=std)]))
 
 
-def check_normalisation(pre_processor: PreProcessor, teacher: str) -> None:
-    """Refuse a pre-processor that normalises otherwise than the teacher's training did, or not at all.
+def check_normalization(pre_processor: PreProcessor, teacher: str) -> None:
+    """Raise an error unless a pre-processor normalizes as in the teacher's pretraining.
 
     Raises:
         ArgumentError: it has no ``Normalize``, or one with another mean or standard deviation.
     """
-    legal = [list(values) for values in normalisation(teacher)]
-    if not extract_transforms_by_type(pre_processor.transform, Normalize):
+    expected = [list(values) for values in get_normalization(teacher)]
+    transforms = extract_transforms_by_type(pre_processor.transform, Normalize)
+    if not transforms:
         msg = (
-            f"the pre_processor does not normalise; the teacher {teacher!r} was trained with mean and std {legal}. Add "
-            "torchvision's v2.Normalize with these, or give pre_processor false and normalised images."
+            f"the pre_processor does not normalize; the teacher {teacher!r} was trained with mean and std {expected}. "
+            "Add torchvision's v2.Normalize with these, or give pre_processor false and normalized images."
         )
         raise ArgumentError(msg)
-    for transform in extract_transforms_by_type(pre_processor.transform, Normalize):
+    for transform in transforms:
         given = [list(transform.mean), list(transform.std)]
-        if given != legal:
+        if given != expected:
             msg = (
-                f"the pre_processor normalises with mean and std {given}, but the teacher {teacher!r} was trained with "
-                f"{legal}. Use these, or the model's own configure_pre_processor(image_size, teacher={teacher!r})."
+                f"the pre_processor normalizes with mean and std {given}, but the teacher {teacher!r} was trained with "
+                f"{expected}. Use these, or the model's own configure_pre_processor(image_size, teacher={teacher!r})."
             )
             raise ArgumentError(msg)
 
 
-def normalisation(teacher: str) -> tuple[Sequence[float], Sequence[float]]:
-    """Return the mean and deviation, one a channel, of the images that a timm model was trained with.
+def get_normalization(teacher: str) -> tuple[Sequence[float], Sequence[float]]:
+    """Return the mean and standard deviation, one value per channel, that a timm model was pretrained with.
 
-    >>> normalisation("tf_efficientnet_lite0")
+    >>> get_normalization("tf_efficientnet_lite0")
     ((0.5, 0.5, 0.5), (0.5, 0.5, 0.5))
     """
     cfg = get_pretrained_cfg(teacher)

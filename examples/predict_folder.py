@@ -1,9 +1,9 @@
-"""Score a folder of pictures with an exported model, as many a second as the processor can.
+"""Score a folder of images with an exported model, at maximum throughput.
 
-OpenVINO's throughput mode runs several requests at a time, here each with a batch, and tells by a callback when one is
-done. Prints a line a picture: file, score from 0 to 1, and whether it is defective.
+OpenVINO's throughput mode runs several inference requests in parallel, here each with a batch, and calls a function
+when one is done. The output is CSV with a line per image: file, score from 0 to 1, and whether it is defective.
 
-    python examples/predict_folder.py results/.../weights/openvino/model.xml new_pictures --batch 4 > scores.csv
+    python examples/predict_folder.py results/.../weights/openvino/model.xml new_images --batch 4 > scores.csv
 """
 
 import argparse
@@ -21,7 +21,7 @@ SUFFIXES = (".png", ".jpg", ".jpeg", ".bmp", ".tif", ".tiff")
 
 
 class Prediction(NamedTuple):
-    """What a model says of a picture."""
+    """A model's result for an image."""
 
     path: Path
     score: float
@@ -29,9 +29,9 @@ class Prediction(NamedTuple):
 
 
 def batches(paths: Iterable[Path], size: int) -> Iterator[tuple[list[Path], NDArray[np.float32]]]:
-    """Read pictures, and yield those of one size together: files, and pixels ``(B, 3, H, W)`` from 0 to 1.
+    """Yield batches of images of the same size: their files, and pixels ``(B, 3, H, W)`` from 0 to 1.
 
-    One that cannot be read is told of, and left out.
+    Images that cannot be read are reported on stderr and skipped.
     """
     from anomalib_dskd.data.image_files import read_named_image  # noqa: PLC0415 - for a quick --help
     from anomalib_dskd.errors import DataError  # noqa: PLC0415
@@ -54,24 +54,24 @@ def batches(paths: Iterable[Path], size: int) -> Iterator[tuple[list[Path], NDAr
 
 
 def predict(model: Path, paths: Iterable[Path], *, batch: int = 4) -> list[Prediction]:
-    """Return predictions in the order in which they were done.
+    """Return predictions in the order in which inference requests complete.
 
     Args:
         model: exported ``.xml`` file.
-        paths: pictures.
-        batch: pictures a request.
+        paths: image files.
+        batch: images per inference request.
     """
     compiled = openvino.Core().compile_model(model, "CPU", {"PERFORMANCE_HINT": "THROUGHPUT"})
     queue = openvino.AsyncInferQueue(compiled)
     predictions: list[Prediction] = []
 
-    def keep(request: Any, names: list[Path]) -> None:  # noqa: ANN401 - OpenVINO's
+    def collect(request: Any, names: list[Path]) -> None:  # noqa: ANN401 - OpenVINO's
         scores, labels = (request.get_tensor(name).data.reshape(-1) for name in ("pred_score", "pred_label"))
         predictions.extend(map(Prediction, names, scores.tolist(), labels.astype(bool).tolist()))
 
-    queue.set_callback(keep)
+    queue.set_callback(collect)
     for names, images in batches(paths, batch):
-        queue.start_async([images], names)  # waits if all requests are under way
+        queue.start_async([images], names)  # waits while all requests are busy
     queue.wait_all()
     return predictions
 
@@ -79,14 +79,14 @@ def predict(model: Path, paths: Iterable[Path], *, batch: int = 4) -> list[Predi
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("model", type=Path, help="the .xml file that `anomalib export --export_type openvino` wrote")
-    parser.add_argument("folder", type=Path, help="pictures, also in folders below it")
-    parser.add_argument("--batch", type=int, default=4, help="pictures a request; try 1, 4 and 16")
+    parser.add_argument("folder", type=Path, help="folder of images, which may be in subfolders")
+    parser.add_argument("--batch", type=int, default=4, help="images per inference request; try 1, 4 and 16")
     options = parser.parse_args()
     paths = sorted(path for path in options.folder.rglob("*") if path.suffix.lower() in SUFFIXES)
     if not options.model.is_file():
         parser.error(f"model {str(options.model)!r} does not exist: export one with `anomalib export`")
     if not paths:
-        parser.error(f"folder {str(options.folder)!r} holds no pictures ({', '.join(SUFFIXES)})")
+        parser.error(f"folder {str(options.folder)!r} contains no images ({', '.join(SUFFIXES)})")
     if options.batch < 1:
         parser.error(f"batch {options.batch} must be 1 or larger")
     writer = csv.writer(sys.stdout)

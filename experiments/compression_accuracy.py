@@ -1,30 +1,20 @@
-"""What compression costs in accuracy: a trained DSKD's OpenVINO exports on the whole test set of Magnetic Tile Defects.
+"""Accuracy of a trained DSKD's compressed OpenVINO exports on the test set of Magnetic Tile Defects.
 
 python experiments/compression_accuracy.py --root datasets/MagneticTile --checkpoint model.ckpt
 """
 
-import argparse
 import tempfile
-import warnings
-from pathlib import Path
 
-parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-parser.add_argument("--root", type=Path, required=True, help="folder of the Magnetic Tile Defects data")
-parser.add_argument("--checkpoint", type=Path, required=True, help="a trained anomalib_dskd.Dskd")
-parser.add_argument("--batch", type=int, default=8)
-parser.add_argument("--only", nargs="+", choices=["f32", "FP16 weights", "INT8 weights", "INT8"], help="not all")
-options = parser.parse_args()
-warnings.simplefilter("ignore")
+import common
+import numpy as np
+import openvino
+import torch
+from anomalib.deploy import CompressionType
+from torchvision.transforms.v2 import Resize
+from torchvision.tv_tensors import Image, Mask
 
-import numpy as np  # noqa: E402 - after the options, for a quick --help
-import openvino  # noqa: E402
-import torch  # noqa: E402
-from anomalib.deploy import CompressionType  # noqa: E402
-from torchvision.transforms.v2 import Resize  # noqa: E402
-from torchvision.tv_tensors import Image, Mask  # noqa: E402
-
-from anomalib_dskd import Dskd, MagneticTile  # noqa: E402
-from anomalib_dskd.benchmark.predictions import Predictions, figures  # noqa: E402
+from anomalib_dskd import Dskd, MagneticTile
+from anomalib_dskd.benchmark.predictions import Predictions, compute_metrics
 
 COMPRESSIONS: dict[str, CompressionType | None] = {
     "f32": None,
@@ -34,10 +24,14 @@ COMPRESSIONS: dict[str, CompressionType | None] = {
 }
 PRECISIONS = ("f32", "bf16")
 
+parser = common.option_parser(__doc__, "--root", "--checkpoint", "--batch", batch=8)
+parser.add_argument("--only", nargs="+", choices=COMPRESSIONS, default=list(COMPRESSIONS), help="these exports only")
+options = parser.parse_args()
+
 model = Dskd.load_from_checkpoint(options.checkpoint, map_location="cpu")
 if model.input_size is None:
-    parser.error("the checkpoint's model has a pre-processor of its own: no size to test at is known")
-model.post_processor.enable_normalization = False  # it clamps, and figures are those of unclamped scores
+    parser.error("the checkpoint's model has a custom pre-processor: its image size is unknown")
+model.post_processor.enable_normalization = False  # it clamps, and metrics are those of unclamped scores
 data = MagneticTile(options.root)
 data.setup("test")
 resize = Resize(model.input_size, antialias=False)
@@ -50,12 +44,13 @@ for item in data.test_data:
 
 
 def evaluate(compiled: openvino.CompiledModel) -> dict[str, float | None]:
+    """Return the metrics of a compiled model on the test set."""
     scores, maps = [], []
     for start in range(0, len(images), options.batch):
         result = compiled([np.stack(images[start : start + options.batch])])
         scores.append(result["pred_score"].reshape(-1))
         maps.append(result["anomaly_map"].reshape(-1, *model.input_size))
-    return figures(
+    return compute_metrics(
         Predictions(
             paths=[""] * len(images),
             labels=np.array(labels),
@@ -67,12 +62,9 @@ def evaluate(compiled: openvino.CompiledModel) -> dict[str, float | None]:
     )
 
 
-print(
-    "| weights and activations | the rest | image AUROC | image F1 | pixel AUROC | AUPRO |\n|---|---|---|---|---|---|"
-)
-for name, compression in COMPRESSIONS.items():
-    if options.only and name not in options.only:
-        continue
+common.print_header("export", "inference precision", "image AUROC", "image F1", "pixel AUROC", "AUPRO")
+for name in options.only:
+    compression = COMPRESSIONS[name]
     with tempfile.TemporaryDirectory() as folder, torch.inference_mode():
         path = model.to_openvino(
             folder,
@@ -84,6 +76,6 @@ for name, compression in COMPRESSIONS.items():
         network.reshape([-1, 3, *model.input_size])
         for precision in PRECISIONS:
             compiled = openvino.Core().compile_model(network, "CPU", {"INFERENCE_PRECISION_HINT": precision})
-            row = " | ".join("n/a" if value is None else f"{100 * value:.2f}" for value in evaluate(compiled).values())
-            print(f"| {name} | {precision} | {row} |", flush=True)
-        del network
+            metrics = evaluate(compiled).values()
+            common.print_row(name, precision, *(common.percent(value, digits=2) for value in metrics))
+        del network  # its file is removed with the folder

@@ -1,79 +1,71 @@
-"""How long one picture takes in OpenVINO, and how many a second are possible: DSKD, siblings and peers, f32 and 8 bits.
+"""Latency and throughput in OpenVINO, in FP32, BF16 and INT8, of DSKD, its siblings and anomalib's models.
 
-All models are measured by turns, round after round, so that a slower minute of the machine meets all of them. Weights
-do not change the time, so each model is trained for one batch only. What a model computes in floating point is done in
-32 bits (``INFERENCE_PRECISION_HINT``), unless its row says otherwise; processors without bfloat16 units ignore that.
+Models are measured interleaved: every round measures each model, so that a slow period of the machine affects all of
+them. The weights do not influence the time, so each model is trained on one batch only. Floating-point layers run in
+FP32 (``INFERENCE_PRECISION_HINT``), or in BF16 where the row says so; processors without BF16 units ignore the hint.
 
     python experiments/inference_speed.py --root datasets/MagneticTile --weights resnet18.tv_in1k.safetensors
 """
 
-import argparse
-import os
 import statistics
 import tempfile
 import time
-import warnings
 from collections import defaultdict
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass, replace
-from functools import cache
+from dataclasses import dataclass
+from functools import cache, partial
 from pathlib import Path
 
-parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-parser.add_argument("--root", type=Path, required=True, help="folder of the Magnetic Tile Defects data")
-parser.add_argument("--weights", required=True, help="file with the weights of resnet18.tv_in1k")
-parser.add_argument("--size", type=int, default=256, help="height and width")
-parser.add_argument("--rounds", type=int, default=10)
-parser.add_argument("--runs", type=int, default=20, help="pictures a round and model")
-parser.add_argument("--only", nargs="+", help="these models alone, by their names in the table, DSKD and STFPM")
-parser.add_argument("--batches", type=int, nargs="+", default=[1, 4, 16], help="batches to try for throughput")
-options = parser.parse_args()
+import common
+import numpy as np
+import openvino
+import torch
+from anomalib.deploy import CompressionType
+from anomalib.models import Padim, ReverseDistillation, Stfpm
+from anomalib.models.components import AnomalibModule, GaussianBlur2d
+from torch import Tensor
+from torch.nn import functional as F  # noqa: N812
 
-CACHE = tempfile.TemporaryDirectory(prefix="anomalib-dskd-")
-os.environ.update(HF_HUB_CACHE=CACHE.name, HF_HUB_OFFLINE="1")  # before anything imports huggingface_hub
-warnings.simplefilter("ignore")
+from anomalib_dskd import Afkd, Dskd, Dtgd, MagneticTile, Tad
+from anomalib_dskd.benchmark.speed import measure_cost
+from anomalib_dskd.benchmark.timing import images_per_second
+from anomalib_dskd.components.anomaly_map import AnomalyMapGenerator, sum_of_levels
+from anomalib_dskd.models.distillation.lightning_model import DistillationModule
+from anomalib_dskd.models.distillation.quantization import map_operations
 
-import numpy as np  # noqa: E402 - after the environment
-import openvino  # noqa: E402
-import torch  # noqa: E402
-from anomalib.deploy import CompressionType  # noqa: E402
-from anomalib.engine import Engine  # noqa: E402
-from anomalib.models import Padim, ReverseDistillation, Stfpm  # noqa: E402
-from anomalib.models.components import AnomalibModule, GaussianBlur2d  # noqa: E402
-from torch import Tensor  # noqa: E402
-from torch.nn import functional as F  # noqa: E402, N812
-
-from anomalib_dskd import Afkd, Dskd, Dtgd, MagneticTile, Tad  # noqa: E402
-from anomalib_dskd.benchmark.hub_cache import write_hub_cache  # noqa: E402
-from anomalib_dskd.benchmark.speed import measure_cost  # noqa: E402
-from anomalib_dskd.benchmark.timing import images_per_second  # noqa: E402
-from anomalib_dskd.components.anomaly_map import AnomalyMapGenerator, sum_of_levels  # noqa: E402
-from anomalib_dskd.models.distillation.lightning_model import DistillationMixin  # noqa: E402
-from anomalib_dskd.models.distillation.quantization import map_operations  # noqa: E402
-
-OFF = {"visualizer": False, "evaluator": False}
-SIZE = (options.size, options.size)
 MIB = 2**20
+INT8 = CompressionType.INT8_PTQ
+PROFILED = ("DSKD, map as in the paper", "DSKD", "DSKD, INT8")
+BATCH_SECONDS = 3.0  # of each measurement of throughput
+
+parser = common.option_parser(__doc__, "--root", "--weights", "--size", "--rounds", size=256)
+parser.add_argument("--runs", type=int, default=20, help="images per round and model")
+parser.add_argument("--only", nargs="+", metavar="MODEL", help="rows of the table to measure, besides DSKD and STFPM")
+parser.add_argument("--batches", type=int, nargs="+", default=[1, 4, 16], help="batch sizes to try for throughput")
+options = parser.parse_args()
+SIZE = (options.size, options.size)
+core = openvino.Core()
 
 
-@dataclass
+@dataclass(frozen=True)
 class Export:
-    """A model on disk.
+    """An exported model.
 
     Attributes:
         path: of the ``.xml`` file.
-        macs: multiply-adds a picture.
-        in_map: names of the operations of the anomaly map, for models that have cosines.
-        precision: of what is computed in floating point.
+        macs: multiply-adds per image.
+        map_operations: names of the operations of the anomaly map; empty for anomalib's models.
+        precision: of floating-point layers.
     """
 
     path: Path
     macs: int
-    in_map: set[str]
-    precision: str = "f32"
+    map_operations: set[str]
+    precision: str
 
     @property
     def mib(self) -> float:
+        """Size of both files, in MiB."""
         return sum(file.stat().st_size for file in (self.path, self.path.with_suffix(".bin"))) / MIB
 
     def compile(self, batch: int, **settings: object) -> openvino.CompiledModel:
@@ -82,8 +74,8 @@ class Export:
         return core.compile_model(network, "CPU", {"INFERENCE_PRECISION_HINT": self.precision, **settings})
 
 
-class LiteralMap(AnomalyMapGenerator):
-    """The same map as the paper writes it: both terms of Eq. (6), and a blur of 33 x 33 numbers a pixel."""
+class PaperMapGenerator(AnomalyMapGenerator):
+    """Computes the same map as the paper does: both terms of Eq. (6), and a blur with a two-dimensional kernel."""
 
     def __init__(self, *, l2_weight: float, sigma: float) -> None:
         super().__init__(l2_weight=l2_weight, sigma=sigma)
@@ -97,39 +89,85 @@ class LiteralMap(AnomalyMapGenerator):
         return self.blur(sum_of_levels(maps, size))
 
 
-def detector(model_class: type[DistillationMixin], **arguments: object) -> AnomalibModule:
-    return model_class(image_size=options.size, seed=0, **OFF, **{"teacher_weights": options.weights} | arguments)
-
-
-def peer(model_class: type[AnomalibModule]) -> AnomalibModule:
-    return model_class(backbone="resnet18", pre_processor=model_class.configure_pre_processor(image_size=SIZE), **OFF)
-
-
-def trained(model: AnomalibModule) -> AnomalibModule:
+def train_on_one_batch(model: AnomalibModule) -> AnomalibModule:
     with tempfile.TemporaryDirectory() as folder:
-        Engine(
-            default_root_dir=folder,
-            accelerator="cpu",
-            devices=1,
-            max_epochs=1,
-            limit_train_batches=1,
-            limit_val_batches=1,
-            logger=False,
-            enable_progress_bar=False,
-            enable_model_summary=False,
-        ).fit(model, datamodule=MagneticTile(options.root, train_batch_size=4))
+        engine = common.quiet_engine(folder, max_epochs=1, limit_train_batches=1, limit_val_batches=1)
+        engine.fit(model, datamodule=MagneticTile(options.root, train_batch_size=4))
     return model
 
 
-def export(name: str, model: AnomalibModule, compression: CompressionType | None = None) -> Export:
-    data = MagneticTile(options.root) if compression == CompressionType.INT8_PTQ else None
-    path = model.to_openvino(FOLDER / name, input_size=SIZE, compression_type=compression, datamodule=data)
+def train_detector(model_class: type[DistillationModule], **arguments: object) -> AnomalibModule:
+    arguments = {"teacher_weights": options.weights, "image_size": options.size, "seed": 0} | arguments
+    return train_on_one_batch(model_class(**arguments, **common.NO_EVALUATION))
+
+
+detector = cache(train_detector)
+
+
+@cache
+def peer(model_class: type[AnomalibModule]) -> AnomalibModule:
+    return train_on_one_batch(common.build_peer(model_class, options.size))
+
+
+def dskd_with_paper_map() -> AnomalibModule:
+    """Train DSKD with the same seed again, replace its map generator, and check that the map stays the same."""
+    model = train_detector(Dskd)
+    l2_weight = model.model.anomaly_map_generator.l2_weight
+    model.model.anomaly_map_generator = PaperMapGenerator(l2_weight=l2_weight, sigma=4.0).eval()
+    images = torch.from_numpy(random_images(2))
+    with torch.no_grad():
+        expected = detector(Dskd).eval()(images).anomaly_map
+        torch.testing.assert_close(model.eval()(images).anomaly_map, expected)
+    return model
+
+
+def export(
+    build: Callable[[], AnomalibModule],
+    folder: Path,
+    compression: CompressionType | None = None,
+    precision: str = "f32",
+) -> Export:
+    model = build()
+    data = MagneticTile(options.root) if compression == INT8 else None
+    path = model.to_openvino(folder, input_size=SIZE, compression_type=compression, datamodule=data)
     macs = measure_cost(model, SIZE, trained=0)["macs"]
-    in_map = set(map_operations(core.read_model(path))) if isinstance(model, DistillationMixin) else set()
-    return Export(path, int(macs or 0), in_map)
+    operations = set(map_operations(core.read_model(path))) if isinstance(model, DistillationModule) else set()
+    return Export(path, int(macs or 0), operations, precision)
+
+
+dskd = partial(detector, Dskd)
+lite = partial(detector, Dskd, teacher="tf_efficientnet_lite0", teacher_weights=None)
+siblings = {
+    "AFKD": partial(detector, Afkd),
+    "DTGD": partial(detector, Dtgd),
+    "TAD++": partial(detector, Tad, assistant=None),  # no export holds the assistant, which would train first
+}
+stfpm = partial(peer, Stfpm)
+MODELS: dict[str, Callable[[Path], Export]] = {
+    "DSKD": partial(export, dskd),
+    "DSKD, map as in the paper": partial(export, dskd_with_paper_map),
+    "DSKD, FP16 weights": partial(export, dskd, compression=CompressionType.FP16),
+    "DSKD, INT8 weights": partial(export, dskd, compression=CompressionType.INT8),
+    "DSKD, INT8": partial(export, dskd, compression=INT8),
+    "DSKD lite": partial(export, lite),
+    "DSKD lite, INT8": partial(export, lite, compression=INT8),
+    "DSKD, bfloat16": partial(export, dskd, precision="bf16"),
+    "STFPM, bfloat16": partial(export, stfpm, precision="bf16"),
+}
+for name, build in siblings.items():
+    MODELS[name] = partial(export, build)
+    MODELS[f"{name}, INT8"] = partial(export, build, compression=INT8)
+MODELS["PaDiM"] = partial(export, partial(peer, Padim))
+MODELS["STFPM"] = partial(export, stfpm)
+MODELS["Reverse Distillation"] = partial(export, partial(peer, ReverseDistillation))
+
+
+def random_images(batch: int) -> np.ndarray:
+    return np.random.default_rng(0).random((batch, 3, *SIZE), dtype=np.float32)
 
 
 def milliseconds(run: Callable[[], object], runs: int) -> list[float]:
+    """Return the time of each run after one to warm up."""
     run()
     times = []
     for _ in range(runs):
@@ -139,128 +177,74 @@ def milliseconds(run: Callable[[], object], runs: int) -> list[float]:
     return times
 
 
-def images_a_second(model: Export, batch: int) -> float:
-    return images_per_second(model.compile(batch, PERFORMANCE_HINT="THROUGHPUT"), picture(batch), seconds=3.0)
+def throughput(model: Export, batch: int) -> float:
+    """Return images per second."""
+    compiled = model.compile(batch, PERFORMANCE_HINT="THROUGHPUT")
+    return images_per_second(compiled, random_images(batch), seconds=BATCH_SECONDS)
 
 
 def peak_gflops() -> float:
-    """Floating-point operations a second of a large matrix product, in 32 bits."""
+    """Return the GFLOP/s of a large FP32 matrix product."""
     side = 3072
     first, second = torch.rand(2, side, side)
     return 2 * side**3 / statistics.median(milliseconds(lambda: first @ second, 10)) / 1e6
 
 
-def picture(batch: int) -> np.ndarray:
-    return np.random.default_rng(0).random((batch, 3, *SIZE), dtype=np.float32)
-
-
-def print_latency_and_throughput() -> None:
-    requests = {name: model.compile(1, PERFORMANCE_HINT="LATENCY") for name, model in models.items()}
+def print_latency_and_throughput(models: dict[str, Export]) -> None:
+    compiled = {name: model.compile(1, PERFORMANCE_HINT="LATENCY") for name, model in models.items()}
     times: dict[str, list[float]] = {name: [] for name in models}
     for _ in range(options.rounds):
-        for name, compiled in requests.items():
-            times[name] += milliseconds(lambda compiled=compiled: compiled([picture(1)]), options.runs)
-    del requests
-    own, stfpm = (statistics.median(times[name]) for name in ("DSKD", "STFPM"))
-    peak = peak_gflops()
-    print(
-        f"\n{options.size}x{options.size}, batch 1, {options.rounds} rounds of {options.runs}; peak {peak:.0f} GFLOP/s"
+        for name, network in compiled.items():
+            times[name] += milliseconds(lambda network=network: network([random_images(1)]), options.runs)
+    del compiled, network
+    medians = {name: statistics.median(values) for name, values in times.items()}
+    size, peak = f"{options.size}x{options.size}", peak_gflops()
+    print(f"\n{size}, batch size 1, {options.rounds} rounds of {options.runs} images; peak {peak:.0f} GFLOP/s")
+    common.print_header(
+        "model", "ms per image", "relative to DSKD", "relative to STFPM", "MiB", "images/s (batch size)", "GFLOP/s"
     )
-    print("| model | ms | of DSKD's f32 | of STFPM's f32 | MiB | images/s (batch) | GFLOP/s |")
-    print("|---|---|---|---|---|---|---|")
     for name, model in models.items():
-        median = statistics.median(times[name])
-        rate, batch = max((images_a_second(model, batch), batch) for batch in options.batches)
-        gflops = 2 * model.macs * rate / 1e9
-        print(
-            f"| {name} | {median:.1f} | {median / own:.2f} | {median / stfpm:.2f} | {model.mib:.1f} | "
-            f"{rate:.0f} ({batch}) | {gflops:.0f} |"
+        rate, batch = max((throughput(model, batch), batch) for batch in options.batches)
+        common.print_row(
+            name,
+            f"{medians[name]:.1f}",
+            f"{medians[name] / medians['DSKD']:.2f}",
+            f"{medians[name] / medians['STFPM']:.2f}",
+            f"{model.mib:.1f}",
+            f"{rate:.0f} ({batch})",
+            f"{2 * model.macs * rate / 1e9:.0f}",
         )
 
 
-def where_time_goes(model: Export) -> dict[str, float]:
-    """Milliseconds a picture by part and OpenVINO's type of layer."""
+def profile(model: Export) -> dict[str, float]:
+    """Return ms per image by part (networks, map) and OpenVINO's type of layer."""
     request = model.compile(1, PERFORMANCE_HINT="LATENCY", PERF_COUNT=True).create_infer_request()
-    spent: dict[str, float] = defaultdict(float)
-    milliseconds(lambda: request.infer([picture(1)]), options.runs)  # to warm up
+    times: dict[str, float] = defaultdict(float)
+    milliseconds(lambda: request.infer([random_images(1)]), options.runs)  # to warm up
     for _ in range(options.runs):
-        request.infer([picture(1)])
-        for step in request.profiling_info:
-            part = "map" if step.node_name in model.in_map else "networks"
-            spent[f"{part}: {step.node_type}"] += 1000 * step.real_time.total_seconds() / options.runs
-    return spent
+        request.infer([random_images(1)])
+        for layer in request.profiling_info:
+            part = "map" if layer.node_name in model.map_operations else "networks"
+            times[f"{part}: {layer.node_type}"] += 1000 * layer.real_time.total_seconds() / options.runs
+    return times
 
 
-def print_where_time_goes() -> None:
-    columns = {name: where_time_goes(models[name]) for name in PROFILED if name in models}
-    parts = sorted({part for spent in columns.values() for part in spent})
-    print(f"\n| where the time goes, ms | {' | '.join(columns)} |\n|---|{'---|' * len(columns)}")
-    for part in parts:
-        if any(spent[part] > 0.01 * sum(spent.values()) for spent in columns.values()):
-            print(f"| {part} | {' | '.join(f'{spent[part]:.2f}' for spent in columns.values())} |")
-    for whole in ("networks", "map"):
-        sums = (sum(ms for part, ms in spent.items() if part.startswith(whole)) for spent in columns.values())
-        print(f"| all of the {whole} | {' | '.join(f'{ms:.2f}' for ms in sums)} |")
+def print_profiles(models: dict[str, Export]) -> None:
+    profiles = {name: profile(models[name]) for name in PROFILED if name in models}
+    print()
+    common.print_header("ms per image by type of layer", *profiles)
+    for layer in sorted({layer for times in profiles.values() for layer in times}):
+        if any(times[layer] > 0.01 * sum(times.values()) for times in profiles.values()):
+            common.print_row(layer, *(f"{times[layer]:.2f}" for times in profiles.values()))
+    for part in ("networks", "map"):
+        sums = (sum(ms for layer, ms in times.items() if layer.startswith(part)) for times in profiles.values())
+        common.print_row(f"{part}: total", *(f"{ms:.2f}" for ms in sums))
 
 
-core = openvino.Core()
-write_hub_cache({"resnet18": options.weights}, Path(CACHE.name))
-FOLDER = Path(CACHE.name) / "exports"
-INT8 = CompressionType.INT8_PTQ
-PROFILED = ("DSKD, map as in the paper", "DSKD", "DSKD, INT8")
-
-
-@cache
-def dskd() -> AnomalibModule:
-    return trained(detector(Dskd))
-
-
-@cache
-def lite() -> AnomalibModule:
-    return trained(detector(Dskd, teacher="tf_efficientnet_lite0", teacher_weights=None))
-
-
-@cache
-def sibling(model_class: type[DistillationMixin]) -> AnomalibModule:
-    # TAD++'s assistant is in no export, and has the only epoch if there is one
-    return trained(detector(model_class, **({"assistant": None} if model_class is Tad else {})))
-
-
-def with_literal_map() -> AnomalibModule:
-    model = trained(detector(Dskd))  # with the same seed
-    kept = model.model.anomaly_map_generator
-    model.model.anomaly_map_generator = LiteralMap(l2_weight=kept.l2_weight, sigma=4.0).eval()
-    images = torch.from_numpy(picture(2))
-    with torch.no_grad():
-        torch.testing.assert_close(model.eval()(images).anomaly_map, dskd().eval()(images).anomaly_map)
-    return model
-
-
-@cache
-def built(name: str) -> Export:
-    return MODELS[name]()
-
-
-MODELS: dict[str, Callable[[], Export]] = {
-    "DSKD": lambda: export("dskd", dskd()),
-    "DSKD, map as in the paper": lambda: export("literal", with_literal_map()),
-    "DSKD, FP16 weights": lambda: export("fp16", dskd(), CompressionType.FP16),
-    "DSKD, INT8 weights": lambda: export("int8", dskd(), CompressionType.INT8),
-    "DSKD, INT8": lambda: export("int8_ptq", dskd(), INT8),
-    "DSKD lite": lambda: export("lite", lite()),
-    "DSKD lite, INT8": lambda: export("lite_int8_ptq", lite(), INT8),
-    "DSKD, bfloat16": lambda: replace(built("DSKD"), precision="bf16"),
-    "STFPM, bfloat16": lambda: replace(built("STFPM"), precision="bf16"),
-}
-for name, model_class in (("AFKD", Afkd), ("DTGD", Dtgd), ("TAD++", Tad)):
-    MODELS[name] = lambda name=name, model_class=model_class: export(name, sibling(model_class))
-    MODELS[f"{name}, INT8"] = lambda name=name, model_class=model_class: export(
-        f"{name} int8_ptq", sibling(model_class), INT8
-    )
-for name, model_class in (("PaDiM", Padim), ("STFPM", Stfpm), ("Reverse Distillation", ReverseDistillation)):
-    MODELS[name] = lambda name=name, model_class=model_class: export(name, trained(peer(model_class)))
 if unknown := set(options.only or ()) - set(MODELS):
-    parser.error(f"--only: {', '.join(sorted(unknown))}. Legal are {', '.join(MODELS)}.")
-models = {name: built(name) for name in MODELS if not options.only or name in {"DSKD", "STFPM", *options.only}}
-print_latency_and_throughput()
-print_where_time_goes()
+    parser.error(f"--only: unknown {', '.join(sorted(unknown))}. Supported values: {', '.join(MODELS)}.")
+with common.offline_resnet18(options.weights), tempfile.TemporaryDirectory() as folder:
+    chosen = [name for name in MODELS if not options.only or name in {"DSKD", "STFPM", *options.only}]
+    models = {name: MODELS[name](Path(folder, name)) for name in chosen}
+    print_latency_and_throughput(models)
+    print_profiles(models)

@@ -1,26 +1,17 @@
-"""What the map is made of: one trained DSKD, tested with other pairs, levels and blurs (tables 7 and 9 of the paper).
+"""Metrics of one trained DSKD with other pairs, levels and blurs of the anomaly map (tables 7 and 9 of the paper).
 
-Nothing is trained. The model must have been trained with both losses. A pair's row is not the paper's where that also
-leaves out a loss.
+No model is trained. The checkpoint's model must have been trained with both losses. A row whose pair the paper trains
+with one loss is not comparable with the paper's row.
 
     python experiments/map_variants.py --root datasets/MagneticTile --checkpoint model.ckpt
 """
 
-import argparse
 import tempfile
-import warnings
-from pathlib import Path
 
-parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-parser.add_argument("--root", type=Path, required=True, help="folder of the Magnetic Tile Defects data")
-parser.add_argument("--checkpoint", type=Path, required=True, help="a trained anomalib_dskd.Dskd")
-options = parser.parse_args()
-warnings.simplefilter("ignore")
+import common
 
-from anomalib.engine import Engine  # noqa: E402 - after the options, for a quick --help
-
-from anomalib_dskd import Dskd, MagneticTile  # noqa: E402
-from anomalib_dskd.benchmark.predictions import ScoreRecorder, figures, figures_by_class  # noqa: E402
+from anomalib_dskd import Dskd, MagneticTile
+from anomalib_dskd.benchmark.predictions import ScoreRecorder, compute_metrics, compute_metrics_by_class
 
 VARIANTS: dict[str, dict[str, object]] = {
     "as trained": {},
@@ -37,27 +28,18 @@ VARIANTS: dict[str, dict[str, object]] = {
     "sigma 8": {"sigma": 8.0},
 }
 
-
-def percent(value: float | None) -> str:
-    return "n/a" if value is None else f"{100 * value:.1f}"
-
-
+options = common.option_parser(__doc__, "--root", "--checkpoint").parse_args()
 trained = Dskd.load_from_checkpoint(options.checkpoint, map_location="cpu")
-learnt = {name: value for name, value in trained.state_dict().items() if not name.startswith("evaluator.")}
-print(
-    "| map | image AUROC | image F1 | pixel AUROC | AUPRO | AUPRO of each kind of defect |\n|---|---|---|---|---|---|"
-)
+weights = {name: value for name, value in trained.state_dict().items() if not name.startswith("evaluator.")}
+common.print_header("map", "image AUROC", "image F1", "pixel AUROC", "AUPRO", "AUPRO per kind of defect")
 for name, arguments in VARIANTS.items():
-    model = Dskd(**{**trained.hparams, **arguments}, visualizer=False, evaluator=False)
-    model.load_state_dict(learnt)
+    model = Dskd(**{**trained.hparams, **arguments, **common.NO_EVALUATION})
+    model.load_state_dict(weights)
     recorder, data = ScoreRecorder(), MagneticTile(options.root)
     with tempfile.TemporaryDirectory() as folder:
-        engine = Engine(
-            default_root_dir=folder, callbacks=[recorder], accelerator="cpu", logger=False, enable_progress_bar=False
-        )
-        engine.test(model, datamodule=data, verbose=False)
+        common.quiet_engine(folder, callbacks=[recorder]).test(model, datamodule=data, verbose=False)
     labels = dict(zip(data.test_data.samples.image_path, data.test_data.samples.label, strict=True))
     predictions = recorder.predictions(labels)
-    row = [percent(value) for value in figures(predictions).values()]
-    kinds = ", ".join(f"{kind} {percent(values['AUPRO'])}" for kind, values in figures_by_class(predictions).items())
-    print(f"| {name} | {' | '.join(row)} | {kinds} |", flush=True)
+    by_class = compute_metrics_by_class(predictions).items()
+    kinds = ", ".join(f"{kind} {common.percent(values['AUPRO'])}" for kind, values in by_class)
+    common.print_row(name, *map(common.percent, compute_metrics(predictions).values()), kinds)

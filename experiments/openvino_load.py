@@ -1,37 +1,36 @@
-"""Thousands of predictions through one compiled OpenVINO model from several threads: are all right, does memory grow?
+"""Load test of one compiled OpenVINO model from several threads: counts wrong predictions and measures memory growth.
 
-Each thread has an infer request of its own, as OpenVINO asks for; calling the compiled model itself from several
-threads is refused there. Each result must equal, bit by bit, the one that a single thread had for the same image.
+Each thread has its own infer request, as OpenVINO requires; the compiled model itself refuses calls from several
+threads. Each result must equal, bit for bit, the result of a single thread for the same image.
 
-    python experiments/openvino_load.py                      # an untrained DSKD: what it has learnt does not matter
+    python experiments/openvino_load.py                      # an untrained DSKD: the weights do not matter
     python experiments/openvino_load.py --model model.xml --size 256
 """
 
-import argparse
 import resource
 import tempfile
-import threading
 import time
-import warnings
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+import common
 import numpy as np
 import openvino
 
-F32 = {"INFERENCE_PRECISION_HINT": "f32"}
-WARM_UP = 0.1  # share of the predictions after which memory is first measured
+FP32 = {"INFERENCE_PRECISION_HINT": "f32"}
+WARM_UP = 0.1  # fraction of the predictions before the first measurement of memory
 
 
 @dataclass(frozen=True)
 class Load:
-    """What a run under load has shown.
+    """Results of a load test.
 
     Attributes:
-        predictions: how many were made.
-        wrong: how many of them differ from the single thread's.
-        seconds: for all of them.
+        predictions: number of predictions.
+        wrong: number of predictions that differ from a single thread's.
+        seconds: time for all predictions.
         warm_mib: resident memory after the warm-up.
         end_mib: resident memory at the end.
     """
@@ -49,79 +48,57 @@ class Load:
 
 
 def resident_mib() -> float:
-    """Return the memory that this process holds (Linux)."""
+    """Return the resident memory of this process (Linux)."""
     return int(Path("/proc/self/statm").read_text().split()[1]) * resource.getpagesize() / 2**20
 
 
-def predict(request: Any, image: np.ndarray) -> list[np.ndarray]:  # noqa: ANN401 - OpenVINO's
+def predict(request: Any, image: np.ndarray) -> list[np.ndarray]:  # noqa: ANN401 - OpenVINO has no public type
     """Return copies of all outputs for an image ``(1, 3, H, W)``."""
     return [np.array(output) for output in request.infer([image]).to_tuple()]
 
 
 def run_under_load(compiled: Any, images: list[np.ndarray], *, predictions: int, threads: int) -> Load:  # noqa: ANN401
-    """Predict the images in turn from several threads, and compare with what one thread says of them.
+    """Predict the images repeatedly from several threads, and compare with the predictions of one thread.
 
     Args:
         compiled: OpenVINO model.
         images: each ``(1, 3, H, W)``.
-        predictions: how many in all.
-        threads: how many at the same time.
+        predictions: number of predictions of all threads together.
+        threads: number of threads.
     """
     request = compiled.create_infer_request()
     expected = [predict(request, image) for image in images]
-    wrong = [0] * threads
-    failures: list[BaseException] = []
-    warm = threading.Barrier(threads + 1)
+    requests = [compiled.create_infer_request() for _ in range(threads)]
 
-    def work(number: int) -> None:
-        try:
-            mine = compiled.create_infer_request()
-            todo = range(number, predictions, threads)
-            for done, index in enumerate(todo):
-                if done == int(WARM_UP * len(todo)):
-                    warm.wait()  # for the measurement
-                    warm.wait()
-                which = (index + number) % len(images)
-                same = all(map(np.array_equal, predict(mine, images[which]), expected[which]))
-                wrong[number] += not same
-        except BaseException as error:
-            failures.append(error)
-            warm.abort()
+    def count_wrong(thread: int, indices: range) -> int:
+        chosen = [(index + thread) % len(images) for index in indices]
+        return sum(not all(map(np.array_equal, predict(requests[thread], images[i]), expected[i])) for i in chosen)
 
-    workers = [threading.Thread(target=work, args=(number,)) for number in range(threads)]
-    start = time.perf_counter()
-    for worker in workers:
-        worker.start()
-    warm_mib = 0.0
-    try:
-        warm.wait()
+    def count_all_wrong(start: int, stop: int) -> int:
+        indices = [range(start + thread, stop, threads) for thread in range(threads)]
+        return sum(pool.map(count_wrong, range(threads), indices))
+
+    begin, warm_up = time.perf_counter(), int(WARM_UP * predictions)
+    with ThreadPoolExecutor(threads) as pool:
+        wrong = count_all_wrong(0, warm_up)
         warm_mib = resident_mib()
-        warm.wait()
-    except threading.BrokenBarrierError:
-        pass
-    for worker in workers:
-        worker.join()
-    if failures:
-        raise failures[0]
-    return Load(predictions, sum(wrong), time.perf_counter() - start, warm_mib, resident_mib())
+        wrong += count_all_wrong(warm_up, predictions)
+    return Load(predictions, wrong, time.perf_counter() - begin, warm_mib, resident_mib())
 
 
 def export(size: int, folder: Path) -> Path:
     """Export an untrained DSKD with ResNet18."""
-    from anomalib_dskd import Dskd  # noqa: PLC0415 - takes seconds, and a model that is given needs none
+    from anomalib_dskd import Dskd  # noqa: PLC0415 - takes seconds, and is not needed with --model
 
-    with warnings.catch_warnings():
-        warnings.simplefilter("ignore")
-        model = Dskd(image_size=size, seed=0)
-        model.model.teacher.weights_origin = {"file": "random, for the measurement"}
-        model.model.is_trained = True
-        return model.to_openvino(folder)
+    model = Dskd(image_size=size, seed=0)
+    model.model.teacher.weights_origin = {"file": "random, for the load test"}
+    model.model.is_trained = True
+    return model.to_openvino(folder)
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = common.option_parser(__doc__, "--size")
     parser.add_argument("--model", type=Path, help="exported model.xml; default: an untrained DSKD")
-    parser.add_argument("--size", type=int, default=128, help="height and width of the images")
     parser.add_argument("--predictions", type=int, default=20_000)
     parser.add_argument("--threads", type=int, default=4)
     options = parser.parse_args()
@@ -129,11 +106,11 @@ def main() -> None:
     images = [random.random((1, 3, options.size, options.size), dtype=np.float32) for _ in range(50)]
     with tempfile.TemporaryDirectory() as folder:
         path = options.model or export(options.size, Path(folder))
-        compiled = openvino.Core().compile_model(path, "CPU", F32)
+        compiled = openvino.Core().compile_model(path, "CPU", FP32)
         load = run_under_load(compiled, images, predictions=options.predictions, threads=options.threads)
     print(f"predictions: {load.predictions} of {options.size}x{options.size} from {options.threads} threads")
-    print(f"different from the single thread's: {load.wrong}")
-    print(f"seconds: {load.seconds:.0f}, {load.predictions / load.seconds:.0f} a second")
+    print(f"different from a single thread's: {load.wrong}")
+    print(f"time: {load.seconds:.0f} s, {load.predictions / load.seconds:.0f} images per second")
     print(f"memory: {load.warm_mib:.0f} MiB after warm-up, {load.end_mib:.0f} MiB at the end, {load.growth:+.1%}")
 
 

@@ -1,82 +1,64 @@
-"""When to stop: figures on pseudo-defects, which a factory has, beside those on real ones, as training goes on.
+"""Metrics on pseudo-defects, which can stop a training run, next to metrics on real defects, over the epochs.
 
-A fifth of the good training tiles is held out, and half of those are damaged by anomalib's synthetic validation split.
-Their figures are what a stop can watch; the test set's are there to judge it. ``--variant`` tries what may keep the
-students from learning to copy the teacher on defects too.
+A fifth of the normal training images is held out, and half of those are damaged by anomalib's synthetic validation
+split. Early stopping can monitor the metrics on these pseudo-defects; those on the test set show how well it does.
+``--variant`` tries changes that may keep the students from learning to copy the teacher on defects, too.
 
     python experiments/stopping.py --root datasets/MagneticTile --weights resnet18.tv_in1k.safetensors --seeds 0 1 2
 """
 
-import argparse
 import json
 import tempfile
-import warnings
 from pathlib import Path
 
-VARIANTS = ("plain", "noise", "dropout", "half embedding", "weight decay", "no gradient")
+import common
+import torch
+from anomalib.callbacks import ModelCheckpoint
+from lightning import Callback, LightningModule, Trainer, seed_everything
+from torch import Tensor, nn
 
-parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-parser.add_argument("--root", type=Path, required=True, help="folder of the Magnetic Tile Defects data")
-parser.add_argument("--weights", required=True, help="file with the weights of resnet18.tv_in1k")
-parser.add_argument("--seeds", type=int, nargs="+", default=[0])
-parser.add_argument("--epochs", type=int, default=50)
-parser.add_argument("--every", type=int, default=5, help="epochs between two looks")
-parser.add_argument("--schedule", default="constant", choices=["constant", "one_cycle"])
-parser.add_argument("--learning-rate", type=float, default=1e-3)
-parser.add_argument("--size", type=int, default=128, help="height and width")
-parser.add_argument("--variant", default="plain", choices=VARIANTS)
-parser.add_argument("--precision", default="bf16-mixed", help="of the training")
-parser.add_argument("--output", type=Path, help="file to which each look is appended, as a line of JSON")
-options = parser.parse_args()
-warnings.simplefilter("ignore")
+from anomalib_dskd import Dskd, MagneticTile
+from anomalib_dskd.evaluation import RawScoreEvaluator
 
-import torch  # noqa: E402 - after the options, for a quick --help
-from anomalib.callbacks import ModelCheckpoint  # noqa: E402
-from anomalib.engine import Engine  # noqa: E402
-from lightning import Callback, LightningModule, Trainer, seed_everything  # noqa: E402
-from torch import Tensor, nn  # noqa: E402
-
-from anomalib_dskd import Dskd, MagneticTile  # noqa: E402
-from anomalib_dskd.evaluation import RawScoreEvaluator  # noqa: E402
-
-FIGURES = ("image_AUROC", "pixel_AUROC", "pixel_AUPRO")
-NOISE = 0.2  # of the embedding's standard deviation
-DROPPED = 0.2  # of the embedding's channels
-ARGUMENTS: dict[str, dict[str, object]] = {
-    "weight decay": {"weight_decay": 1e-4},
-    "no gradient": {"embedding_gradient": False},
-}
+NOISE = 0.2  # standard deviation, relative to that of the embedding
+DROPOUT = 0.2  # fraction of the embedding's channels
 
 
-def narrow(_embedding: nn.Module, _inputs: object, embedded: Tensor) -> Tensor:
-    """Leave half of the channels, always."""
+def halve(_embedding: nn.Module, _inputs: object, embedded: Tensor) -> Tensor:
+    """Set half of the channels to zero, always the same ones."""
     return embedded * (torch.arange(embedded.shape[1]) < embedded.shape[1] // 2)[:, None, None]
 
 
-def disturb(_embedding: nn.Module, _inputs: object, embedded: Tensor) -> Tensor:
-    """Add noise while weights are learnt."""
+def add_noise(_embedding: nn.Module, _inputs: object, embedded: Tensor) -> Tensor:
+    """Add noise in training."""
     if not torch.is_grad_enabled():
         return embedded
     return embedded + NOISE * embedded.detach().std() * torch.randn_like(embedded)
 
 
-def drop(_embedding: nn.Module, _inputs: object, embedded: Tensor) -> Tensor:
-    """Leave out channels at random while weights are learnt."""
-    return nn.functional.dropout2d(embedded, DROPPED, training=torch.is_grad_enabled())
+def drop_channels(_embedding: nn.Module, _inputs: object, embedded: Tensor) -> Tensor:
+    """Set random channels to zero in training."""
+    return nn.functional.dropout2d(embedded, DROPOUT, training=torch.is_grad_enabled())
 
 
-HOOKS = {"half embedding": narrow, "noise": disturb, "dropout": drop}
+ARGUMENTS = {"weight decay": {"weight_decay": 1e-4}, "no gradient": {"embedding_gradient": False}}
+HOOKS = {"noise": add_noise, "dropout": drop_channels, "half embedding": halve}
+
+parser = common.option_parser(__doc__, *common.TRAINING_OPTIONS, epochs=50, every=5)
+parser.add_argument("--schedule", default="constant", choices=["constant", "one_cycle"])
+parser.add_argument("--variant", default="plain", choices=["plain", *HOOKS, *ARGUMENTS])
+parser.add_argument("--output", type=Path, help="file to which each validation is appended, as a line of JSON")
+options = parser.parse_args()
 
 
 class Curve(Callback):
-    """Notes the figures on pseudo-defects."""
+    """Records the metrics on pseudo-defects by epoch."""
 
     def __init__(self) -> None:
-        self.looks: dict[int, dict[str, float]] = {}
+        self.metrics: dict[int, dict[str, float]] = {}
 
     def on_validation_end(self, trainer: Trainer, pl_module: LightningModule) -> None:  # noqa: ARG002
-        figures = {name: float(value) for name, value in trainer.callback_metrics.items() if name in FIGURES}
-        self.looks[trainer.current_epoch] = figures
+        self.metrics[trainer.current_epoch] = {name: float(trainer.callback_metrics[name]) for name in common.METRICS}
 
 
 def build(seed: int) -> Dskd:
@@ -96,52 +78,60 @@ def build(seed: int) -> Dskd:
     return model
 
 
-def engine(folder: Path, **arguments: object) -> Engine:
-    quiet = {"logger": False, "enable_progress_bar": False, "enable_model_summary": False}
-    return Engine(default_root_dir=folder, accelerator="cpu", devices=1, **quiet, **arguments)
-
-
-def looks(seed: int, folder: Path) -> list[dict[str, object]]:
-    """Train, and return the figures of each look: on pseudo-defects, and on the test set."""
-    seed_everything(seed, workers=True, verbose=False)  # the pseudo-defects too
+def train_and_test(seed: int, folder: Path) -> list[dict[str, object]]:
+    """Train, and return the metrics of each validation: on pseudo-defects, and on the test set."""
+    seed_everything(seed, workers=True, verbose=False)  # the pseudo-defects depend on it
     curve = Curve()
-    keep = ModelCheckpoint(dirpath=folder / "kept", filename="{epoch}", save_top_k=-1, every_n_epochs=options.every)
-    engine(
+    checkpoints = folder / "checkpoints"
+    common.quiet_engine(
         folder,
-        callbacks=[curve, keep],
+        callbacks=[
+            curve,
+            ModelCheckpoint(dirpath=checkpoints, filename="{epoch}", save_top_k=-1, every_n_epochs=options.every),
+        ],
         precision=options.precision,
         max_epochs=options.epochs,
         check_val_every_n_epoch=options.every,
     ).fit(build(seed), datamodule=MagneticTile(options.root, val_split_mode="synthetic", val_split_ratio=0.2))
-    found = []
-    for epoch, pseudo in curve.looks.items():
-        (checkpoint,) = (folder / "kept").glob(f"epoch={epoch}.ckpt")
-        (real,) = engine(folder).test(
+    results = []
+    for epoch, pseudo in curve.metrics.items():
+        (checkpoint,) = checkpoints.glob(f"epoch={epoch}.ckpt")
+        (real,) = common.quiet_engine(folder).test(
             build(seed), datamodule=MagneticTile(options.root), ckpt_path=checkpoint, verbose=False
         )
-        look = {"variant": options.variant, "seed": seed, "epoch": epoch + 1}
-        look |= {f"pseudo {name}": pseudo[name] for name in FIGURES} | {name: real[name] for name in FIGURES}
+        result = {"variant": options.variant, "seed": seed, "epoch": epoch + 1}
+        result |= {f"pseudo {name}": pseudo[name] for name in common.METRICS}
+        result |= {name: real[name] for name in common.METRICS}
         if options.output:
             with options.output.open("a") as file:
-                file.write(json.dumps(look) + "\n")
-        found.append(look)
-    return found
+                file.write(json.dumps(result) + "\n")
+        results.append(result)
+    return results
 
 
 print(f"{options.variant}, {options.schedule} {options.learning_rate}, {options.epochs} epochs")
-print("| seed | epoch | pseudo-defects: image AUROC | pixel AUROC | AUPRO | test: image AUROC | pixel AUROC | AUPRO |")
-print("|---|---|---|---|---|---|---|---|")
+common.print_header(
+    "seed",
+    "epoch",
+    "pseudo-defects: image AUROC",
+    "pixel AUROC",
+    "AUPRO",
+    "test: image AUROC",
+    "pixel AUROC",
+    "AUPRO",
+)
 for seed in options.seeds:
-    with tempfile.TemporaryDirectory() as folder:
-        curve = looks(seed, Path(folder))
-    for look in curve:
-        row = [f"{100 * look[name]:.1f}" for name in (*(f"pseudo {name}" for name in FIGURES), *FIGURES)]
-        print(f"| {seed} | {look['epoch']} | {' | '.join(row)} |", flush=True)
-    best = max(curve, key=lambda look: look["image_AUROC"])
-    for name in FIGURES:
-        chosen = max(curve, key=lambda look: look[f"pseudo {name}"])
+    with tempfile.TemporaryDirectory() as name:
+        results = train_and_test(seed, Path(name))
+    columns = [*(f"pseudo {name}" for name in common.METRICS), *common.METRICS]
+    for result in results:
+        common.print_row(seed, result["epoch"], *(common.percent(result[column]) for column in columns))
+    best = max(results, key=lambda result: result["image_AUROC"])
+    for name in common.METRICS:
+        chosen = max(results, key=lambda result: result[f"pseudo {name}"])
         print(
             f"seed {seed}, largest {name} on pseudo-defects: epoch {chosen['epoch']} with image AUROC "
-            f"{100 * chosen['image_AUROC']:.1f}; the best, epoch {best['epoch']}, has {100 * best['image_AUROC']:.1f}",
+            f"{common.percent(chosen['image_AUROC'])}; best: epoch {best['epoch']} with "
+            f"{common.percent(best['image_AUROC'])}",
             flush=True,
         )

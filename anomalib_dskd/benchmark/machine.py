@@ -1,4 +1,4 @@
-"""The processor and the versions that a measurement depends on."""
+"""The processor and the software versions that a measurement depends on."""
 
 import importlib.metadata
 import os
@@ -11,19 +11,20 @@ import torch
 
 import anomalib_dskd
 
-__all__ = ["machine"]
+__all__ = ["describe_machine"]
+
+PACKAGES = ("anomalib", "torch", "openvino", "timm", "anomalib_dskd")
 
 
-def machine() -> dict[str, Any]:
-    """Describe the processor and the versions that a figure depends on."""
-    packages = ("anomalib", "torch", "openvino", "timm", "anomalib_dskd")
+def describe_machine() -> dict[str, Any]:
+    """Return the processor, its cores and threads, the platform, and the versions of Python and the packages."""
     return {
         "cpu": _cpu(),
         "cores": len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count(),
         "threads": torch.get_num_threads(),
         "platform": platform.platform(),
         "python": platform.python_version(),
-        **{name: _version(name) for name in packages},
+        **{name: _version(name) for name in PACKAGES},
         "commit": _commit(),
     }
 
@@ -33,8 +34,8 @@ def _cpu() -> str:
         lines = Path("/proc/cpuinfo").read_text().splitlines()
     except OSError:
         return platform.processor()
-    names = [line.partition(":")[2].strip() for line in lines if line.startswith("model name")]
-    return names[0] if names else platform.processor()
+    names = (line.partition(":")[2].strip() for line in lines if line.startswith("model name"))
+    return next(names, platform.processor())
 
 
 def _version(package: str) -> str | None:
@@ -45,7 +46,7 @@ def _version(package: str) -> str | None:
 
 
 def _commit() -> str | None:
-    """Return the commit of a source checkout, with a mark if it was changed; none for an installed package."""
+    """Return the commit of a source checkout, marked ``-dirty`` if it was changed; None for an installed package."""
     folder = Path(anomalib_dskd.__file__).parents[1]
     if not (folder / ".git").exists():
         return None

@@ -1,6 +1,7 @@
-"""Scores and maps as a model gives them, and the figures computed from them."""
+"""Anomaly scores and maps that a model predicts for a test set, and the metrics computed from them."""
 
-from collections.abc import Callable, Sequence
+import io
+from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
 from types import SimpleNamespace
@@ -16,21 +17,22 @@ from torch import Tensor
 
 from anomalib_dskd.errors import DskdError
 from anomalib_dskd.evaluation import FPR_LIMIT
+from anomalib_dskd.file_writing import write_file
 
-__all__ = ["Predictions", "ScoreRecorder", "figures", "figures_by_class"]
+__all__ = ["Predictions", "ScoreRecorder", "compute_metrics", "compute_metrics_by_class"]
 
 
 @dataclass(frozen=True)
 class Predictions:
-    """What a model says of a test set of N images of ``(h, w)`` pixels.
+    """Predictions for a test set of N images of ``(h, w)`` pixels.
 
     Attributes:
-        paths: files of the images.
+        paths: image files.
         labels: 1 for images with a defect, else 0; ``(N,)``.
-        classes: the data set's name for the kind of defect, empty where it has none.
+        classes: the data set's name for the kind of defect; empty if it has none.
         scores: image scores, on the model's own scale; ``(N,)``.
-        maps: anomaly maps, on the model's own scale, ``(N, h, w)``; or none.
-        masks: 1 for pixels with a defect, ``(N, h, w)``; or none.
+        maps: anomaly maps, on the model's own scale, ``(N, h, w)``; or None.
+        masks: 1 for pixels with a defect, ``(N, h, w)``; or None.
     """
 
     paths: list[str]
@@ -41,32 +43,27 @@ class Predictions:
     masks: NDArray[np.uint8] | None
 
     def save(self, path: Path) -> None:
-        """Write a compressed NumPy archive, maps in 16 bits scaled into [0, 1]: enough to look at."""
-        arrays: dict[str, Any] = {
-            "paths": np.array(self.paths),
-            "labels": self.labels,
-            "classes": np.array(self.classes),
-            "scores": self.scores,
-        }
+        """Write a compressed NumPy archive; maps are stored as FP16, scaled into [0, 1]."""
+        arrays: dict[str, Any] = {name: values for name, values in vars(self).items() if values is not None}
         if self.maps is not None:
             arrays["maps"] = _into_unit_range(self.maps).astype(np.float16)
-        if self.masks is not None:
-            arrays["masks"] = self.masks
-        np.savez_compressed(path, **arrays)
+        buffer = io.BytesIO()
+        np.savez_compressed(buffer, **arrays)
+        write_file(path, buffer.getbuffer())
 
 
 class ScoreRecorder(Callback):
-    """Keeps scores and maps of a test before the post-processor rescales and clamps them.
+    """Records scores and maps during a test, before the post-processor normalizes and clamps them.
 
-    anomalib's metrics read what the post-processor has clamped, which ties the most anomalous images with one
-    another. Callbacks given to the trainer run before those that the model brings, its post-processor among them.
+    anomalib's metrics read the clamped values, which gives the most anomalous images equal scores. Callbacks passed
+    to the trainer run before the callbacks of the model, and so before its post-processor.
     """
 
     def __init__(self) -> None:
         self._batches: list[dict[str, Any]] = []
 
     def on_test_start(self, trainer: Trainer, pl_module: LightningModule) -> None:  # noqa: ARG002
-        """Forget an earlier test."""
+        """Discard the predictions of an earlier test."""
         self._batches.clear()
 
     def on_test_batch_end(self, trainer: Trainer, pl_module: LightningModule, outputs: Any, *_: Any) -> None:  # noqa: ANN401, ARG002
@@ -77,86 +74,76 @@ class ScoreRecorder(Callback):
         )
 
     def predictions(self, classes: dict[str, str]) -> Predictions:
-        """Put the batches together.
+        """Concatenate the recorded batches.
 
         Args:
             classes: kind of defect by image path.
 
         Raises:
-            DskdError: scores or maps are not finite, or there are no labels.
+            DskdError: scores or maps are not finite, the model predicts neither, or there are no labels.
         """
-        scores = _joined(self._batches, "pred_score")
+        maps, masks = self._concatenate("anomaly_map"), self._concatenate("gt_mask")
+        scores, labels = self._concatenate("pred_score"), self._concatenate("gt_label")
+        if scores is None and maps is not None:
+            scores = maps.reshape(len(maps), -1).max(axis=1)
         if scores is None:
-            scores = _largest(_joined(self._batches, "anomaly_map"))
-        maps = _joined(self._batches, "anomaly_map")
-        for name, values in (("score", scores), ("anomaly map", maps)):
-            if values is not None and not np.isfinite(values).all():
-                msg = (
-                    f"the {name} of {int((~np.isfinite(values)).any(axis=tuple(range(1, values.ndim))).sum())} test "
-                    "images is not finite: the training diverged, or the weights file lacks a layer that is used."
-                )
-                raise DskdError(msg)
-        masks = _joined(self._batches, "gt_mask")
-        labels = _joined(self._batches, "gt_label")
+            msg = "the model gives neither a score nor an anomaly map."
+            raise DskdError(msg)
+        _check_finite("score", scores)
+        if maps is not None:
+            _check_finite("anomaly map", maps)
         if labels is None:
-            msg = (
-                "the test images have no labels: nothing can be compared. Give a data module with a labelled test set."
-            )
+            msg = "the test images have no labels, which metrics need. Give a data module with a labeled test set."
             raise DskdError(msg)
         paths = [path for batch in self._batches for path in batch["image_path"]]
         return Predictions(
-            paths=[str(Path(path).absolute()) for path in paths],  # to be found from any folder
-            labels=np.asarray(labels).astype(np.int64).reshape(-1),
+            paths=[str(Path(path).absolute()) for path in paths],  # valid from any working directory
+            labels=labels.astype(np.int64).reshape(-1),
             classes=[classes.get(path, "") for path in paths],
-            scores=np.asarray(scores, dtype=np.float32).reshape(-1),
+            scores=scores.astype(np.float32).reshape(-1),
             maps=None if maps is None else maps.reshape(len(paths), *maps.shape[-2:]).astype(np.float32),
             masks=None if masks is None else masks.reshape(len(paths), *masks.shape[-2:]).astype(np.uint8),
         )
 
+    def _concatenate(self, name: str) -> NDArray[Any] | None:
+        values = [batch[name] for batch in self._batches]
+        return np.concatenate(values) if values and all(value is not None for value in values) else None
 
-def figures(predictions: Predictions) -> dict[str, float | None]:
-    """Return image AUROC, image F1 at its best threshold, pixel AUROC, and AUPRO up to a false positive rate of 0.3.
 
-    As fractions; none where the test set lacks good images, defects, maps or masks.
+def compute_metrics(
+    predictions: Predictions, chosen: NDArray[np.bool_] | slice = slice(None)
+) -> dict[str, float | None]:
+    """Compute image AUROC, image F1 at its best threshold, pixel AUROC, and AUPRO up to a false positive rate of 0.3.
+
+    Args:
+        predictions: for a test set of N images.
+        chosen: which images to include, ``(N,)``; all by default.
+
+    Returns:
+        Fractions; None where the images include no normal image, no defect, no maps or no masks.
     """
-    labels = predictions.labels
+    labels, scores = predictions.labels[chosen], predictions.scores[chosen]
+    maps, masks = (None if values is None else values[chosen] for values in (predictions.maps, predictions.masks))
     result: dict[str, float | None] = dict.fromkeys(("image_AUROC", "image_F1", "pixel_AUROC", "AUPRO"))
-    if len(set(labels.tolist())) > 1:
-        scores = _into_unit_range(predictions.scores)
+    if len(np.unique(labels)) > 1:
+        scores = _into_unit_range(scores)
         result["image_AUROC"] = _compute(AUROC, scores, labels)
         result["image_F1"] = _compute(F1Max, scores, labels)
-    if predictions.maps is not None and predictions.masks is not None and predictions.masks.any():
-        maps = _into_unit_range(predictions.maps)
-        result["pixel_AUROC"] = _compute(AUROC, maps, predictions.masks)
-        result["AUPRO"] = _compute(AUPRO, maps, predictions.masks, fpr_limit=FPR_LIMIT)
+    if maps is not None and masks is not None and masks.any():
+        maps = _into_unit_range(maps)
+        result["pixel_AUROC"] = _compute(AUROC, maps, masks)
+        result["AUPRO"] = _compute(AUPRO, maps, masks, fpr_limit=FPR_LIMIT)
     return result
 
 
-def figures_by_class(predictions: Predictions) -> dict[str, dict[str, float | int | None]]:
-    """Return the number of images and the figures of each kind of defect, against all good images."""
-    good = predictions.labels == 0
-    kinds = sorted(
-        {kind for kind, label in zip(predictions.classes, predictions.labels, strict=True) if label and kind}
-    )
+def compute_metrics_by_class(predictions: Predictions) -> dict[str, dict[str, float | int | None]]:
+    """Compute the number of images and the metrics of each kind of defect, each against all normal images."""
+    classes, is_normal = np.array(predictions.classes), predictions.labels == 0
     result: dict[str, dict[str, float | int | None]] = {}
-    for kind in kinds:
-        of_kind = np.array([name == kind for name in predictions.classes]) & ~good
-        result[kind] = {"images": int(of_kind.sum()), **figures(_subset(predictions, good | of_kind))}
+    for kind in sorted(set(classes[~is_normal].tolist()) - {""}):
+        of_kind = (classes == kind) & ~is_normal
+        result[kind] = {"images": int(of_kind.sum()), **compute_metrics(predictions, is_normal | of_kind)}
     return result
-
-
-def _subset(predictions: Predictions, chosen: NDArray[np.bool_]) -> Predictions:
-    def pick(values: Sequence[str]) -> list[str]:
-        return [value for value, keep in zip(values, chosen, strict=True) if keep]
-
-    return Predictions(
-        paths=pick(predictions.paths),
-        labels=predictions.labels[chosen],
-        classes=pick(predictions.classes),
-        scores=predictions.scores[chosen],
-        maps=None if predictions.maps is None else predictions.maps[chosen],
-        masks=None if predictions.masks is None else predictions.masks[chosen],
-    )
 
 
 def _compute(
@@ -164,19 +151,28 @@ def _compute(
 ) -> float:
     metric = metric_class(fields=["predicted", "truth"], **arguments)
     batch = SimpleNamespace(predicted=torch.from_numpy(predicted), truth=torch.from_numpy(truth).int())
-    metric.update(cast("Batch[Any]", batch))  # all that a metric reads of a batch are its fields
+    metric.update(cast("Batch[Any]", batch))  # a metric reads only its fields of a batch
     return float(metric.compute())
 
 
-def _into_unit_range(values: NDArray[Any]) -> NDArray[Any]:
-    """Scale all values of a test set together: torchmetrics would pass those outside [0, 1] through a sigmoid.
+def _into_unit_range(values: NDArray[Any]) -> NDArray[np.float32]:
+    """Scale all values of a test set into [0, 1]: torchmetrics applies a sigmoid to values outside of it.
 
-    (:func:`anomalib_dskd.evaluation.keep_raw_scores` sees one batch at a time, and divides by a known bound.)
+    (:mod:`anomalib_dskd.evaluation` sees one batch at a time, and divides by a known bound.)
     """
     low, high = float(values.min()), float(values.max())
-    wide = (values.astype(np.float64) - low) / (high - low) if high > low else np.zeros(values.shape)
-    scaled: NDArray[Any] = wide.astype(np.float32)
-    return scaled
+    scaled = (values.astype(np.float64) - low) / (high - low) if high > low else np.zeros(values.shape)
+    return scaled.astype(np.float32)
+
+
+def _check_finite(name: str, values: NDArray[Any]) -> None:
+    is_finite = np.isfinite(values).reshape(len(values), -1).all(axis=1)
+    if not is_finite.all():
+        msg = (
+            f"the {name} of {int((~is_finite).sum())} test images is not finite: the training run diverged, or the "
+            "weights file lacks a layer that is used."
+        )
+        raise DskdError(msg)
 
 
 def _copy(values: Tensor | None) -> NDArray[Any] | None:
@@ -185,19 +181,3 @@ def _copy(values: Tensor | None) -> NDArray[Any] | None:
     detached = torch.as_tensor(values).detach()
     array: NDArray[Any] = (detached.float() if detached.is_floating_point() else detached).cpu().numpy().copy()
     return array
-
-
-def _joined(batches: list[dict[str, Any]], name: str) -> NDArray[Any] | None:
-    values = [batch[name] for batch in batches]
-    if not values or any(value is None for value in values):
-        return None
-    joined: NDArray[Any] = np.concatenate(values)
-    return joined
-
-
-def _largest(maps: NDArray[Any] | None) -> NDArray[Any]:
-    if maps is None:
-        msg = "the model gives neither a score nor an anomaly map."
-        raise DskdError(msg)
-    largest: NDArray[Any] = maps.reshape(len(maps), -1).max(axis=1)
-    return largest

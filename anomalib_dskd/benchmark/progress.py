@@ -1,4 +1,4 @@
-"""Two lines on a terminal: the whole benchmark, and the job in hand."""
+"""Progress bars of a benchmark: one for all jobs, one for the current job."""
 
 from types import TracebackType
 
@@ -12,12 +12,12 @@ __all__ = ["BenchmarkProgress"]
 
 
 class BenchmarkProgress:
-    """Shows how far the benchmark is, with the time left; where there is no terminal, a line for each job's end.
+    """Shows progress and remaining time on a terminal; elsewhere it prints one line per finished job.
 
     Args:
         total: number of jobs.
-        done: number of those that are done already.
-        console: where to.
+        done: number of jobs that are already done.
+        console: where to print.
     """
 
     def __init__(self, total: int, done: int, console: Console) -> None:
@@ -30,9 +30,9 @@ class BenchmarkProgress:
             TimeRemainingColumn(),
         )
         self._bars = Progress(*columns, console=console, disable=not console.is_terminal)
-        self._sweep = self._bars.add_task(self._title(), total=total, completed=done)
-        self._job = self._bars.add_task("", total=1.0)
-        self._shown: str | None = None
+        self._all_jobs = self._bars.add_task(self._title(), total=total, completed=done)
+        self._current_job = self._bars.add_task("", total=1.0)
+        self._current_id: str | None = None
 
     def __enter__(self) -> Self:
         self._bars.start()
@@ -44,17 +44,17 @@ class BenchmarkProgress:
         self._bars.stop()
 
     def update(self, job: Job, fraction: float, text: str) -> None:
-        """Show how far a job is."""
-        if self._shown != job.id:
-            self._shown = job.id
-            self._bars.reset(self._job, total=1.0)
-        self._bars.update(self._job, completed=fraction, description=f"{job.title}: {text}")
-        self._bars.update(self._sweep, completed=self.done + fraction)
+        """Show the fraction of a job that is done, and its current step."""
+        if self._current_id != job.id:
+            self._current_id = job.id
+            self._bars.reset(self._current_job, total=1.0)
+        self._bars.update(self._current_job, completed=fraction, description=f"{job.title}: {text}")
+        self._bars.update(self._all_jobs, completed=self.done + fraction)
 
     def finish(self, job: Job, outcome: str) -> None:
-        """Count a job, and say in a line what came of it."""
+        """Count a finished job, and print its outcome on one line."""
         self.done += 1
-        self._bars.update(self._sweep, completed=self.done, description=self._title())
+        self._bars.update(self._all_jobs, completed=self.done, description=self._title())
         self.console.print(
             f"{self.done} of {self.total}: {job.title}: {outcome}", markup=False, highlight=False, soft_wrap=True
         )

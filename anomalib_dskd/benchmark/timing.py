@@ -1,7 +1,7 @@
-"""How long a run takes, and how many images a second an exported model does.
+"""Median latency of a function, and latency and throughput of a model exported to OpenVINO.
 
-As a command, for a process that does nothing else: ``python -m anomalib_dskd.benchmark.timing XML HEIGHT WIDTH SECONDS
-[PRECISION]`` prints what :func:`measure_file` returns, as JSON.
+``python -m anomalib_dskd.benchmark.timing XML HEIGHT WIDTH SECONDS [PRECISION]`` measures in a process of its own, and
+prints the result of :func:`measure_file` as JSON.
 """
 
 import json
@@ -17,13 +17,13 @@ from numpy.typing import NDArray
 
 __all__ = ["images_per_second", "measure_file", "median_milliseconds"]
 
-WARM_UP = 5  # runs that are left out
-FEWEST = 10  # runs
+WARM_UP = 5  # runs that are not timed
+FEWEST = 10  # timed runs
 BATCHES = (1, 4, 16)
 
 
 def median_milliseconds(run: Callable[[], object], *, seconds: float) -> float:
-    """Return the median time of ``run`` over about ``seconds``, and at least ten runs after five to warm up."""
+    """Return the median time of ``run`` over about ``seconds``, and at least ten runs after five warm-up runs."""
     for _ in range(WARM_UP):
         run()
     times: list[float] = []
@@ -43,56 +43,42 @@ def measure_file(
     Args:
         path: the ``.xml`` file.
         size: height and width of the images.
-        precision: of what is computed in floating point, such as ``f32``, or None for OpenVINO's choice.
-        seconds: how long the latency is measured; half of it for the throughput of each batch.
+        precision: inference precision of floating-point layers, such as ``f32``, or None for OpenVINO's choice.
+        seconds: how long to measure the latency; half of it for the throughput of each batch size.
 
     Returns:
-        ``milliseconds`` at batch 1, ``throughput`` in images a second, and the ``batch`` it was reached with.
+        ``milliseconds`` at batch size 1, ``throughput`` in images per second, and the ``batch`` size that reached it.
     """
-    import openvino  # noqa: PLC0415 - an extra
+    import openvino  # noqa: PLC0415 - optional dependency
 
     core = openvino.Core()
     network = core.read_model(path)
     settings = {} if precision is None else {"INFERENCE_PRECISION_HINT": precision}
-    latency = _latency(core, network, size, settings, seconds)
-    throughput, batch = max(_throughput(core, network, size, settings, seconds / 2, batch) for batch in BATCHES)
-    return {"milliseconds": latency, "throughput": throughput, "batch": batch}
 
+    def compile_model(batch: int, hint: str) -> tuple[Any, NDArray[np.float32]]:
+        network.reshape([batch, 3, *size])
+        images = np.random.default_rng(0).random((batch, 3, *size), dtype=np.float32)
+        return core.compile_model(network, "CPU", {**settings, "PERFORMANCE_HINT": hint}), images
 
-def _images(batch: int, size: tuple[int, int]) -> NDArray[np.float32]:
-    return np.random.default_rng(0).random((batch, 3, *size), dtype=np.float32)
-
-
-def _latency(core: Any, network: Any, size: tuple[int, int], settings: dict[str, str], seconds: float) -> float:  # noqa: ANN401
-    network.reshape([1, 3, *size])
-    request = core.compile_model(network, "CPU", {**settings, "PERFORMANCE_HINT": "LATENCY"}).create_infer_request()
-    image = _images(1, size)
-    return median_milliseconds(lambda: request.infer([image]), seconds=seconds)
-
-
-def _throughput(
-    core: Any,  # noqa: ANN401
-    network: Any,  # noqa: ANN401
-    size: tuple[int, int],
-    settings: dict[str, str],
-    seconds: float,
-    batch: int,
-) -> tuple[float, int]:
-    """Return images a second at the best number of requests, and the batch."""
-    network.reshape([batch, 3, *size])
-    compiled = core.compile_model(network, "CPU", {**settings, "PERFORMANCE_HINT": "THROUGHPUT"})
-    return images_per_second(compiled, _images(batch, size), seconds=seconds), batch
+    compiled, image = compile_model(1, "LATENCY")
+    request = compiled.create_infer_request()
+    latency = median_milliseconds(lambda: request.infer([image]), seconds=seconds)
+    throughputs = {
+        batch: images_per_second(*compile_model(batch, "THROUGHPUT"), seconds=seconds / 2) for batch in BATCHES
+    }
+    best = max(throughputs, key=lambda batch: throughputs[batch])
+    return {"milliseconds": latency, "throughput": throughputs[best], "batch": best}
 
 
 def images_per_second(compiled: Any, images: NDArray[np.float32], *, seconds: float) -> float:  # noqa: ANN401
-    """Return how many images a compiled model does in a second, with as many requests at a time as it finds best.
+    """Return the throughput of a compiled model, with as many parallel requests as OpenVINO chooses.
 
     Args:
         compiled: OpenVINO model.
-        images: a batch ``(B, 3, H, W)``, given again and again.
+        images: a batch ``(B, 3, H, W)``, used for every request.
         seconds: how long to measure.
     """
-    import openvino  # noqa: PLC0415 - an extra
+    import openvino  # noqa: PLC0415 - optional dependency
 
     queue = openvino.AsyncInferQueue(compiled)
     for _ in range(len(queue)):

@@ -1,1 +1,1 @@
-"""The command `anomalib-dskd check`: it reads every file of a data set and reports what is wrong."""
+"""The command ``anomalib-dskd check``: it reads every file of a data set and reports problems."""

@@ -1,14 +1,13 @@
-"""Which masks belong to which images, for data modules that cannot be set up: anomalib then names none of them.
+"""Find images without masks, and masks without images, in data modules that cannot be set up.
 
-anomalib sorts images and masks, pairs them by their order, and asks afterwards whether an image's name is part of its
-mask's.
+anomalib sorts images and masks, pairs them by their order, and then checks that each image's name is part of its mask's
+name. Its error does not name the files.
 """
 
 import re
 from collections import defaultdict
 from collections.abc import Sequence
 from pathlib import Path
-from typing import NamedTuple
 
 from anomalib.data import AnomalibDataModule, Folder
 from torchvision.datasets.folder import IMG_EXTENSIONS
@@ -17,58 +16,51 @@ from anomalib_dskd.check.finding import Finding
 
 __all__ = ["find_unpaired"]
 
-GOOD = ("good", "ok")  # folder of the test set's good images, in MVTec AD and in BTech
-
-
-class _Files(NamedTuple):
-    """Defective images, and the masks that there are, each sorted as anomalib does."""
-
-    images: list[Path]
-    masks: list[Path]
+NORMAL_FOLDERS = ("good", "ok")  # of the test set's normal images, in MVTec AD and in BTech
 
 
 def find_unpaired(data: AnomalibDataModule) -> list[Finding]:
-    """Name defective images without a mask or with several, masks without an image, or else those whose order differs.
+    """Find defective images without a mask or with several, and masks without an image, or else a different order.
 
     Args:
-        data: a ``Folder``, or a module for a layout as that of MVTec AD (``test``, ``ground_truth``). It need not have
-            been set up.
+        data: a ``Folder``, or a module for the layout of MVTec AD (``test``, ``ground_truth``). It need not have been
+            set up.
     """
-    images, masks = _defects(data)
-    if not masks:  # their folder is misnamed, or the data has none
+    images, masks = _list_files(data)
+    if not masks:  # the data set has none, or their folder is misnamed
         return []
-    belonging = _pair(images, masks)
-    lacking = [str(image) for image, found in belonging.items() if not found]
-    surplus = sorted(map(str, set(masks).difference(*belonging.values())))
-    several = [str(image) for image, found in belonging.items() if len(found) > 1]
-    findings = []
-    if several:
-        text = "is defective, and several masks have its name: leave one, or name them after different images"
-        findings.append(Finding("error", "masks-twice", text, several))
-    if lacking:
-        text = "is defective, and no mask has its name: add one, or use the data without masks"
-        findings.append(Finding("error", "no-mask", text, lacking))
-    if surplus:
-        text = "is a mask, and no defective image has its name: remove it, or add the image"
-        findings.append(Finding("error", "surplus-mask", text, surplus))
-    if not findings:  # so that there are as many masks as images
-        swapped = [str(image) for image, mask in zip(images, masks, strict=True) if mask not in belonging[image]]
-        text = "sorts to another place than its mask does, and anomalib pairs them by their order: use equal names"
-        findings = [Finding("error", "mask-order", text, swapped)] if swapped else []
-    return findings
+    pairs = _pair(images, masks)
+    several = [str(image) for image, found in pairs.items() if len(found) > 1]
+    missing = [str(image) for image, found in pairs.items() if not found]
+    surplus = sorted(map(str, set(masks).difference(*pairs.values())))
+    problems = [
+        ("masks-twice", several, "is defective, and several masks have its name: remove or rename all but one"),
+        ("no-mask", missing, "is defective, and no mask has its name: add one, or use the data set without masks"),
+        ("surplus-mask", surplus, "is a mask, and no defective image has its name: remove it, or add the image"),
+    ]
+    findings = [Finding("error", kind, text, files) for kind, files, text in problems if files]
+    if findings:
+        return findings
+    unordered = [str(image) for image, mask in zip(images, masks, strict=True) if mask not in pairs[image]]
+    text = "has another position among the sorted images than its mask among the sorted masks: use equal names"
+    return [Finding("error", "mask-order", text, unordered)] if unordered else []
 
 
-def _defects(data: AnomalibDataModule) -> _Files:
+def _list_files(data: AnomalibDataModule) -> tuple[list[Path], list[Path]]:
+    """Return defective images and masks, sorted as anomalib sorts them."""
     root, suffixes = Path(getattr(data, "root", None) or ""), set(IMG_EXTENSIONS)
     if isinstance(data, Folder):
         suffixes = {suffix.lower() for suffix in data.extensions or suffixes}
-        folders = [_as_list(names) for names in (data.abnormal_dir, data.mask_dir)]
-        images, masks = ([path for name in names for path in (root / name).rglob("*")] for names in folders)
+        images, masks = (
+            [path for name in _as_list(names) for path in (root / name).rglob("*")]
+            for names in (data.abnormal_dir, data.mask_dir)
+        )
     else:
         root /= getattr(data, "category", None) or ""
-        images = [path for path in root.glob("test/*/*") if path.parent.name not in GOOD]
+        images = [path for path in root.glob("test/*/*") if path.parent.name not in NORMAL_FOLDERS]
         masks = list(root.glob("ground_truth/*/*"))
-    return _Files(*(sorted(path for path in paths if path.suffix.lower() in suffixes) for paths in (images, masks)))
+    images, masks = (sorted(path for path in paths if path.suffix.lower() in suffixes) for paths in (images, masks))
+    return images, masks
 
 
 def _as_list(names: str | Path | Sequence[str | Path] | None) -> Sequence[str | Path]:
@@ -76,18 +68,18 @@ def _as_list(names: str | Path | Sequence[str | Path] | None) -> Sequence[str | 
 
 
 def _pair(images: list[Path], masks: list[Path]) -> dict[Path, set[Path]]:
-    """Return the masks of each image, those in the folder of its kind of defect if there is one.
+    """Return the masks of each image, from the folder with the name of its defect class if there is one.
 
-    They have its name as a word in theirs, or, where no image is found so, as a part.
+    A mask's name contains the image's name as a word or, if no image has such a mask, as any part.
     """
-    of_kind: dict[str, list[Path]] = defaultdict(list)
+    by_folder: dict[str, list[Path]] = defaultdict(list)
     for mask in masks:
-        of_kind[mask.parent.name].append(mask)
+        by_folder[mask.parent.name].append(mask)
     for pattern in (r"(?<![0-9A-Za-z]){}(?![0-9A-Za-z])", "{}"):
         pairs = {}
         for image in images:
             name = re.compile(pattern.format(re.escape(image.stem)))
-            pairs[image] = {mask for mask in of_kind.get(image.parent.name, masks) if name.search(mask.stem)}
+            pairs[image] = {mask for mask in by_folder.get(image.parent.name, masks) if name.search(mask.stem)}
         if any(pairs.values()):
             break
     return pairs

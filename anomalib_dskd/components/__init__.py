@@ -1,1 +1,1 @@
-"""Building blocks that know no particular model."""
+"""Network blocks and helpers that are independent of any particular model."""

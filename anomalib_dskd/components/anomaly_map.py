@@ -1,8 +1,7 @@
-"""From feature discrepancies to the anomaly map and the image score (DSKD, section 3.3, Eq. 8 to 10)."""
+"""Anomaly map and image score from feature discrepancies (DSKD, section 3.3, Eq. 8 to 10)."""
 
 from collections.abc import Sequence
 from contextlib import nullcontext
-from typing import Any
 
 import torch
 from anomalib.models.components import GaussianBlur2d
@@ -16,12 +15,12 @@ __all__ = ["AnomalyMapGenerator", "anomaly_score", "sum_of_levels"]
 
 
 def sum_of_levels(maps: Sequence[Tensor], size: tuple[int, int]) -> Tensor:
-    r"""Up-sample the levels' maps bilinearly to the image's size and add them up, Eq. (8).
+    r"""Up-sample the map of each level bilinearly to the image size and sum them, Eq. (8).
 
     .. math:: M = \sum_{k=1}^{K} \mathrm{Upsample}(M^k)
 
     Args:
-        maps: one ``(B, 1, H_k, W_k)`` a level.
+        maps: one ``(B, 1, H_k, W_k)`` per level.
         size: height and width of the image in pixels.
 
     Returns:
@@ -31,7 +30,7 @@ def sum_of_levels(maps: Sequence[Tensor], size: tuple[int, int]) -> Tensor:
 
 
 def anomaly_score(anomaly_map: Tensor) -> Tensor:
-    r"""Take the largest value of each map, Eq. (10).
+    r"""Return the largest value of each map, Eq. (10).
 
     Args:
         anomaly_map: ``(B, 1, H, W)``.
@@ -43,11 +42,11 @@ def anomaly_score(anomaly_map: Tensor) -> Tensor:
 
 
 class AnomalyMapGenerator(nn.Module):
-    """Discrepancy of two feature pyramids as a smooth map of the image's size, Eq. (8) and (9).
+    """Smoothed map of the discrepancy between two feature pyramids, at image size, Eq. (8) and (9).
 
     Args:
         l2_weight: lambda of Eq. (6).
-        sigma: standard deviation of the Gaussian of Eq. (9) in pixels of the network's input; 0 leaves it out.
+        sigma: standard deviation of the Gaussian of Eq. (9) in pixels of the network's input; 0 disables the blur.
     """
 
     def __init__(self, *, l2_weight: float = 0.1, sigma: float = 4.0) -> None:
@@ -55,21 +54,20 @@ class AnomalyMapGenerator(nn.Module):
         self.l2_weight = l2_weight
         self.kernel_size = compute_kernel_size(sigma) if sigma > 0 else 1
         self.blur = _separable_blur(sigma, self.kernel_size) if sigma > 0 else nn.Identity()
-        self.register_load_state_dict_pre_hook(_leave_kernels_out)  # type: ignore[no-untyped-call]
 
     @property
     def margin(self) -> int:
-        """Pixels beyond an image's edge that the blur reads by reflection: an image must be larger."""
+        """Pixels beyond the image edge that the blur pads by reflection: an image must be larger than this."""
         return self.kernel_size // 2
 
     def bound(self, levels: int) -> float:
-        """Return the largest value that a map of so many levels can take."""
+        """Return the largest value that a map summed over ``levels`` levels can take."""
         return 2 * (1 + self.l2_weight) * levels
 
     def forward(self, first: Sequence[Tensor], second: Sequence[Tensor], size: tuple[int, int]) -> Tensor:
-        """Map two pyramids, each one ``(B, C_k, H_k, W_k)`` a level, to ``(B, 1, H, W)`` in 32-bit floats."""
+        """Map two pyramids, each one ``(B, C_k, H_k, W_k)`` per level, to a map ``(B, 1, H, W)`` in FP32."""
         device = first[0].device.type
-        # mixed precision would blur in bfloat16, whose steps are as large as the differences that count
+        # autocast would blur in BF16, whose rounding steps are as large as the differences between scores
         autocast = torch.autocast(device, enabled=False) if torch.is_autocast_enabled(device) else nullcontext()
         with autocast:
             maps = [discrepancy(a, b, l2_weight=self.l2_weight) for a, b in zip(first, second, strict=True)]
@@ -78,16 +76,8 @@ class AnomalyMapGenerator(nn.Module):
 
 
 def _separable_blur(sigma: float, size: int) -> nn.Sequential:
-    """Blur the columns, then the rows: the same Gaussian for ``2 * size`` multiply-adds a pixel, not ``size ** 2``."""
+    """Blur columns, then rows: the same Gaussian for ``2 * size`` instead of ``size ** 2`` multiply-adds per pixel."""
     blurs = [GaussianBlur2d(sigma, kernel_size=(size, 1)), GaussianBlur2d(sigma, kernel_size=(1, size))]
     for blur in blurs:
-        kernel = blur.kernel
-        del blur.kernel
-        blur.register_buffer("kernel", kernel, persistent=False)  # it follows from sigma, and is nothing learnt
+        blur.register_buffer("kernel", blur.kernel, persistent=False)  # sigma determines it: not part of checkpoints
     return nn.Sequential(*blurs)
-
-
-def _leave_kernels_out(_: nn.Module, state: dict[str, Any], prefix: str, *__: Any) -> None:  # noqa: ANN401 - torch's
-    """Forget the blur's kernels, which older checkpoints hold."""
-    for name in [name for name in state if name.startswith(f"{prefix}blur.")]:
-        del state[name]

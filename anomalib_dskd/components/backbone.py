@@ -1,4 +1,4 @@
-"""Feature pyramids from timm backbones, cut to what the chosen levels reach."""
+"""Feature pyramids from timm backbones, pruned to the modules that the chosen levels need."""
 
 import copy
 import difflib
@@ -14,11 +14,11 @@ from anomalib_dskd.errors import ArgumentError
 
 __all__ = ["Backbone", "FeatureLevel", "check_teacher", "full_name"]
 
-PROBE_SIZE = 64  # pixels; enough for a stride of 32, small enough to cost milliseconds
+PROBE_SIZE = 64  # pixels; enough for a stride of 32, small enough to run within milliseconds
 
 
 class FeatureLevel(NamedTuple):
-    """One level of a feature pyramid."""
+    """Channels, stride and sign of one level of a feature pyramid."""
 
     channels: int
     stride: int
@@ -27,11 +27,11 @@ class FeatureLevel(NamedTuple):
 
 
 def check_teacher(teacher: str, *, role: str = "teacher") -> None:
-    """Raise an error with the nearest legal names unless timm knows ``teacher``, with its tag if it has one.
+    """Raise an error with the nearest supported names unless timm knows ``teacher``, and its tag if it has one.
 
     Args:
-        teacher: timm model name.
-        role: what an error calls the model.
+        teacher: timm model name, with or without a pretrained tag.
+        role: what error messages call the model.
 
     Raises:
         ArgumentError: unknown architecture or unknown pretrained tag.
@@ -42,12 +42,12 @@ def check_teacher(teacher: str, *, role: str = "teacher") -> None:
         hint = f" Did you mean {', '.join(map(repr, near))}?" if near else ""
         msg = (
             f"{role} {teacher!r} is not a timm model.{hint} "
-            "Legal are the backbones that `timm.list_models()` lists, such as 'resnet18.tv_in1k'."
+            "Supported: the backbones that `timm.list_models()` lists, such as 'resnet18.tv_in1k'."
         )
         raise ArgumentError(msg)
     tags = [name.partition(".")[2] for name in timm.list_pretrained(f"{architecture}.*")]
     if tag and tag not in tags:
-        msg = f"{role} {teacher!r}: timm has no pretrained tag {tag!r} for {architecture!r}. Legal tags: {tags}."
+        msg = f"{role} {teacher!r}: timm has no pretrained tag {tag!r} for {architecture!r}. Supported tags: {tags}."
         raise ArgumentError(msg)
 
 
@@ -64,13 +64,13 @@ def full_name(teacher: str) -> str:
 class Backbone(nn.Module):
     """A timm backbone with random weights that returns the features of chosen levels.
 
-    Modules that no chosen level depends on (such as ``layer4`` of a ResNet read out up to ``layer3``) are
-    removed, so that they cost neither parameters nor time, and none is left without a gradient.
+    Modules that no chosen level depends on (such as ``layer4`` of a ResNet that is read up to ``layer3``) are
+    removed: they would cost parameters and time, and would get no gradient.
 
     Args:
         name: timm model that supports ``features_only``.
         layers: indices into timm's feature levels (``out_indices``), increasing.
-        role: what an error calls the network.
+        role: what error messages call the network.
 
     Raises:
         ArgumentError: unknown model, model without ``features_only``, or layers out of range.
@@ -85,29 +85,29 @@ class Backbone(nn.Module):
         self.fixed_size: tuple[int, int] | None = (
             cfg.input_size[1:] if cfg is not None and cfg.fixed_input_size else None
         )
-        with torch.inference_mode(False), torch.enable_grad():  # the probe needs gradients, wherever it is made
+        with torch.inference_mode(False), torch.enable_grad():  # the probe needs gradients whatever the caller's mode
             self.network = _create_features(name, self.layers, role)
             self.channels_last = getattr(self.network, "output_fmt", "NCHW") == "NHWC"
             self.levels = self._probe_and_prune()
 
     def forward(self, images: Tensor) -> list[Tensor]:
-        """Map images ``(B, 3, H, W)`` to one ``(B, C_k, H / stride_k, W / stride_k)`` tensor a level."""
+        """Map images ``(B, 3, H, W)`` to one ``(B, C_k, H / stride_k, W / stride_k)`` tensor per level."""
         features: list[Tensor] = self.network(images)
         return [level.permute(0, 3, 1, 2) for level in features] if self.channels_last else features
 
     def _probe_and_prune(self) -> tuple[FeatureLevel, ...]:
-        """Run one image through the network: drop what got no gradient, note the sign of each level."""
+        """Run one random image: remove the modules that get no gradient, and detect the sign of each level."""
         probe = torch.randn(
             1, 3, *(self.fixed_size or (PROBE_SIZE, PROBE_SIZE)), generator=torch.Generator().manual_seed(0)
         )
         self.network.eval()
         features = self(probe)
         torch.stack([level.sum() for level in features]).sum().backward()  # type: ignore[no-untyped-call]
-        whole = self.network
-        self.network = copy.deepcopy(whole)
-        _replace_unreached(self.network, whole)
-        if not self._still_gives(features, probe):
-            self.network = whole
+        unpruned = self.network
+        self.network = copy.deepcopy(unpruned)
+        _remove_without_gradient(self.network, unpruned)
+        if not self._reproduces(features, probe):
+            self.network = unpruned
         self.network.zero_grad(set_to_none=True)
         self.network.train()
         info = self.network.feature_info
@@ -117,8 +117,8 @@ class Backbone(nn.Module):
         )
 
     @torch.no_grad()
-    def _still_gives(self, features: list[Tensor], probe: Tensor) -> bool:
-        """Whether the cut network runs and gives the same; one whose branches meet again, such as HRNet, may not."""
+    def _reproduces(self, features: list[Tensor], probe: Tensor) -> bool:
+        """Whether the pruned network gives the same features; one whose branches merge, such as HRNet, may not run."""
         try:
             return all(torch.equal(a, b) for a, b in zip(self(probe), features, strict=True))
         except (AttributeError, IndexError, RuntimeError, TypeError, ValueError):
@@ -131,8 +131,7 @@ def _create_features(name: str, layers: tuple[int, ...], role: str) -> nn.Module
     except (AttributeError, RuntimeError) as error:
         msg = f"{role} {name!r} does not support timm's `features_only`: {error}. Choose another backbone."
         raise ArgumentError(msg) from error
-    legal = layers and all(0 <= layer < levels for layer in layers) and list(layers) == sorted(set(layers))
-    if not legal:
+    if not layers or list(layers) != sorted(set(layers)) or layers[0] < 0 or layers[-1] >= levels:
         msg = (
             f"layers {list(layers)} do not fit {role} {name!r}: it has {levels} feature levels. "
             f"Give one or more increasing indices from 0 to {levels - 1}, such as [1, 2, 3]."
@@ -142,12 +141,12 @@ def _create_features(name: str, layers: tuple[int, ...], role: str) -> nn.Module
     return network
 
 
-def _replace_unreached(module: nn.Module, probed: nn.Module) -> None:
-    """Replace in ``module`` what got no gradient in ``probed``, its original."""
+def _remove_without_gradient(module: nn.Module, probed: nn.Module) -> None:
+    """Replace the submodules of ``module`` that got no gradient in ``probed``, the network that it is a copy of."""
     for name, child in probed.named_children():
         parameters = list(child.parameters())
         if parameters and all(parameter.grad is None for parameter in parameters):
-            # timm iterates over containers, and calls the rest
+            # timm iterates over containers, and calls other modules
             setattr(module, name, type(child)() if type(child) in {nn.Sequential, nn.ModuleList} else nn.Identity())
         else:
-            _replace_unreached(getattr(module, name), child)
+            _remove_without_gradient(getattr(module, name), child)

@@ -1,4 +1,4 @@
-"""A convolution for few pixels and many channels, whose training on a CPU is not held up by its weights."""
+"""Convolution with a faster weight gradient on CPUs, for many channels and few pixels."""
 
 from typing import Any
 
@@ -11,14 +11,14 @@ __all__ = ["WideConv2d"]
 
 
 class WideConv2d(nn.Conv2d):
-    """A convolution without bias, groups or dilation, with the quicker of two ways to its weight's gradient.
+    """A convolution without bias, groups or dilation that computes its weight gradient in the faster of two ways.
 
-    Same parameters, same result and, to rounding, same gradient as :class:`torch.nn.Conv2d`. The gradient of a
-    weight ``(C_out, C_in, k, k)`` is the product of the output's gradient, ``(B h w, C_out)``, and the patches
-    under the kernel, ``(B h w, k k C_in)``. Taken as one matrix product on a CPU it is three to six times
-    faster (in bfloat16; up to two times in float32) than PyTorch's kernel where channels are many and pixels
-    few, as in an embedding, and slower where it is the other way round. So the product is taken where a patch
-    has more than twice as many values as there are patches.
+    Parameters and output are those of :class:`torch.nn.Conv2d`; the gradient is the same up to rounding. The gradient
+    of a weight ``(C_out, C_in, k, k)`` is the product of the output's gradient, ``(B h w, C_out)``, and the patches
+    under the kernel, ``(B h w, k k C_in)``. Computed as one matrix product on a CPU, it is three to six times
+    faster (in BF16; up to two times in FP32) than PyTorch's kernel for many channels and few pixels, as in an
+    embedding, and slower for few channels and many pixels. The product is therefore used if a patch has more than
+    twice as many values as there are patches.
     """
 
     def __init__(
@@ -54,9 +54,9 @@ class _MatrixGradient(torch.autograd.Function):
     @torch.autograd.function.once_differentiable
     def backward(ctx: Any, gradient: Tensor) -> tuple[Tensor | None, Tensor | None, None, None]:  # noqa: ANN401
         features, weight = ctx.saved_tensors
-        to_features = to_weight = None
+        feature_gradient = weight_gradient = None
         if ctx.needs_input_grad[0]:
-            to_features = conv2d_input(  # type: ignore[no-untyped-call]
+            feature_gradient = conv2d_input(  # type: ignore[no-untyped-call]
                 features.shape, weight.to(gradient.dtype), gradient, stride=ctx.stride, padding=ctx.padding
             ).to(features.dtype)
         if ctx.needs_input_grad[1]:
@@ -64,12 +64,12 @@ class _MatrixGradient(torch.autograd.Function):
             rows = gradient.permute(0, 2, 3, 1).flatten(0, 2)  # (B h w, C_out)
             flat = rows.t() @ patches  # (C_out, k k C_in)
             height, width = weight.shape[2:]
-            to_weight = flat.view(len(flat), height, width, -1).permute(0, 3, 1, 2).to(weight.dtype)
-        return to_features, to_weight, None, None
+            weight_gradient = flat.view(len(flat), height, width, -1).permute(0, 3, 1, 2).to(weight.dtype)
+        return feature_gradient, weight_gradient, None, None
 
 
 def _patches(features: Tensor, kernel: torch.Size, stride: tuple[int, int], padding: tuple[int, int]) -> Tensor:
-    """Return what the kernel covers at each output pixel: ``(B, C_in, H, W)`` to ``(B h w, k k C_in)``."""
+    """Return the values under the kernel at each output pixel: ``(B, C_in, H, W)`` to ``(B h w, k k C_in)``."""
     channels_last = F.pad(features.permute(0, 2, 3, 1), (0, 0, padding[1], padding[1], padding[0], padding[0]))
     windows = channels_last.unfold(1, kernel[0], stride[0]).unfold(2, kernel[1], stride[1])  # (B, h, w, C_in, k, k)
     return windows.permute(0, 1, 2, 4, 5, 3).flatten(3).flatten(0, 2)

@@ -1,4 +1,4 @@
-"""The decoder student: the teacher's pyramid from the embedding, deepest level first (section 3.1, Fig. 3)."""
+"""Decoder student: reconstructs the teacher's feature pyramid from the embedding (DSKD, section 3.1, Fig. 3)."""
 
 from collections.abc import Sequence
 
@@ -12,10 +12,10 @@ __all__ = ["DecoderStudent"]
 
 
 class DecoderStudent(nn.Module):
-    """ResNet18 inverted: one stage a level, of two basic blocks, the first of which up-samples.
+    """Inverted ResNet18: one stage per level, of two residual blocks, the first of which up-samples.
 
     Args:
-        levels: feature levels to reproduce, shallow to deep. The embedding has half the deepest one's size.
+        levels: feature levels to reconstruct, shallow to deep. The embedding has half the size of the deepest one.
     """
 
     def __init__(self, levels: Sequence[FeatureLevel]) -> None:
@@ -31,7 +31,7 @@ class DecoderStudent(nn.Module):
         )
 
     def forward(self, embedding: Tensor, sizes: Sequence[Sequence[int]]) -> list[Tensor]:
-        """Map the embedding ``(B, 2 C_K, h, w)`` to one ``(B, C_k, H_k, W_k)`` tensor a level, shallow to deep.
+        """Map the embedding ``(B, 2 C_K, h, w)`` to one ``(B, C_k, H_k, W_k)`` tensor per level, shallow to deep.
 
         Args:
             embedding: output of the deep feature embedding.

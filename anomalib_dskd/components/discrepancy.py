@@ -1,4 +1,4 @@
-"""The distance between two networks' features, and the loss it makes (DSKD, section 3.1, Eq. 3 to 7)."""
+"""Discrepancy between the features of two networks, and the distillation loss (DSKD, section 3.1, Eq. 3 to 7)."""
 
 from collections.abc import Sequence
 
@@ -16,10 +16,10 @@ def discrepancy(first: Tensor, second: Tensor, *, l2_weight: float) -> Tensor:
         M_{ij} = \lambda \tfrac{1}{2} \lVert \hat a_{ij} - \hat b_{ij} \rVert^2 + (1 - \cos(a_{ij}, b_{ij}))
                = (1 + \lambda) (1 - \hat a_{ij} \cdot \hat b_{ij})
 
-    where the hat divides a feature vector by its norm, Eq. (3). (The paper prints the squared norm; see the
-    table of deviations in the README.) For unit vectors half the squared distance, Eq. (4), *is* one minus the
-    cosine, Eq. (5), so it is computed once. In 32-bit floating point, whatever the features come in: the
-    cosine of a good match differs from one by less than bfloat16 resolves.
+    where the hat divides a feature vector by its norm, Eq. (3). (The paper prints the squared norm; the
+    documentation lists this among the deviations from the paper.) For unit vectors half the squared distance,
+    Eq. (4), equals one minus the cosine, Eq. (5), so it is computed only once. The computation is in FP32 for
+    features of any type, because the cosine of a close match differs from one by less than BF16 resolves.
 
     Args:
         first: features ``(B, C, H, W)``.
@@ -45,8 +45,8 @@ def distillation_loss(teacher: Sequence[Tensor], student: Sequence[Tensor], *, l
         \ell = \frac{1}{K} \sum_{k=1}^{K} \frac{1}{h_k w_k} \sum_{i,j} M^k_{ij}
 
     Args:
-        teacher: teacher's features, one ``(B, C_k, H_k, W_k)`` a level.
-        student: student's features, of the same shapes.
+        teacher: features of the teacher, one ``(B, C_k, H_k, W_k)`` per level.
+        student: features of the student, of the same shapes.
         l2_weight: lambda of Eq. (6).
 
     Returns:

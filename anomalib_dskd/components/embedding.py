@@ -1,4 +1,4 @@
-"""Deep feature embedding: the bottleneck between the two students (section 3.2, Fig. 4)."""
+"""Deep feature embedding: the bottleneck between the two students (DSKD, section 3.2, Fig. 4)."""
 
 import itertools
 from collections.abc import Sequence
@@ -19,18 +19,18 @@ def embedding_channels(levels: Sequence[FeatureLevel]) -> int:
 
 
 class DeepFeatureEmbedding(nn.Module):
-    """Bring all levels to the deepest one's size, concatenate them, and embed them at half that size.
+    """Reduce all levels to the size of the deepest, concatenate them, and embed them at half that size.
 
-    A level is brought down by one 3x3 convolution a level below it: stride 2 where the next level halves the
-    size, so F1 of a ResNet18 passes two (64 to 128 to 256 channels) and F2 one (128 to 256).
+    A level passes one 3x3 convolution for each deeper level, with stride 2 where that level halves the size: F1 of
+    a ResNet18 passes two (64 to 128 to 256 channels) and F2 one (128 to 256).
 
     Args:
         levels: feature levels of the encoder student, shallow to deep.
-        blocks: residual blocks behind the concatenation; the first has stride 2 and a 1x1 convolution in its
-            shortcut. The paper's Table 6 (39.3 M parameters) fits two.
+        blocks: residual blocks after the concatenation; the first has stride 2 and a 1x1 convolution in its
+            shortcut. Two match the parameter count of the paper's Table 6 (39.3 M).
 
     Raises:
-        ArgumentError: no blocks.
+        ArgumentError: fewer than one block.
     """
 
     def __init__(self, levels: Sequence[FeatureLevel], blocks: int = 2) -> None:
@@ -56,7 +56,7 @@ class DeepFeatureEmbedding(nn.Module):
 
 
 class DirectEmbedding(nn.Module):
-    """The ablation of Table 8: no fusion, the deepest level alone is down-sampled by one 3x3 convolution."""
+    """The ablation of Table 8: no fusion; one 3x3 convolution down-samples the deepest level only."""
 
     def __init__(self, levels: Sequence[FeatureLevel]) -> None:
         super().__init__()
@@ -69,7 +69,7 @@ class DirectEmbedding(nn.Module):
 
 
 def reduction(levels: Sequence[FeatureLevel]) -> nn.Sequential:
-    """Return convolutions from the first of ``levels`` to the size and width of the last; none if there is but one."""
+    """Return convolutions from the first of ``levels`` to the size and width of the last; empty for a single level."""
     stages: list[nn.Module] = []
     for level, deeper in itertools.pairwise(levels):
         strides = halvings(deeper.stride / level.stride)

@@ -1,4 +1,4 @@
-"""Pseudo-defects on good images: anomalib's Perlin noise, the same for an image and an epoch wherever it is drawn."""
+"""Pseudo-defects on normal images: anomalib's Perlin noise, reproducible for each image and epoch."""
 
 import hashlib
 from collections.abc import Sequence
@@ -15,19 +15,19 @@ __all__ = ["PseudoDefects"]
 
 
 class PseudoDefects:
-    """Damages normalised images by anomalib's :class:`PerlinAnomalyGenerator`.
+    """Adds pseudo-defects to normalized images with anomalib's :class:`PerlinAnomalyGenerator`.
 
-    What an image gets depends on ``seed``, the epoch, and the image alone: on the last two parts of its path, so
-    that the data may lie elsewhere, or on its pixels where it has none. So it is the same whatever batch the image
-    comes in, whatever process has read it, and whether a training was interrupted. The generator draws from
-    PyTorch's generator alone, which is as before afterwards. It works on the CPU, where the numbers are the same for
-    all accelerators, and on pixels in [0, 1], within which the damaged ones are kept.
+    The defect of an image depends only on ``seed``, the epoch and the image: on the last two parts of its path, so
+    that the dataset can be moved, or on its pixels if it has no path. It is therefore independent of the batch, of the
+    process that reads the image, and of interruptions of the training run. The generator draws only from PyTorch's
+    CPU generator, whose state is restored afterwards. It runs on the CPU, where random numbers are the same for all
+    accelerators, and on pixels in [0, 1]; defective pixels are clamped to that range.
 
     Args:
-        mean: that the images are normalised with, one a channel.
-        std: as ``mean``.
-        seed: whole number, or none for that which PyTorch's generator was last seeded with.
-        probability: of an image to be damaged.
+        mean: mean that the images are normalized with, one value per channel.
+        std: standard deviation that the images are normalized with, one value per channel.
+        seed: whole number, or None for the last seed of PyTorch's generator.
+        probability: probability that an image gets a defect.
 
     Raises:
         ArgumentError: the probability is 0, or not within [0, 1].
@@ -42,39 +42,37 @@ class PseudoDefects:
         self.mean = torch.tensor(mean).view(-1, 1, 1)
         self.std = torch.tensor(std).view(-1, 1, 1)
         self.seed = torch.initial_seed() if seed is None else seed
-        with seeded(self.seed):  # its constructor draws a threshold
+        with seeded(self.seed):  # the constructor draws a threshold
             self.generator = PerlinAnomalyGenerator(probability=probability)
 
     def __call__(self, images: Tensor, paths: Sequence[str | Path] | None, *, epoch: int) -> tuple[Tensor, Tensor]:
-        """Damage images.
+        """Add pseudo-defects to a batch.
 
         Args:
-            images: normalised, ``(B, 3, H, W)``; they are left as they are.
-            paths: of their files, if they have any.
-            epoch: each one brings other damage.
+            images: normalized images ``(B, 3, H, W)``; they are not modified.
+            paths: paths of the image files, if they have any.
+            epoch: index of the epoch; defects differ from epoch to epoch.
 
         Returns:
-            Normalised images that are damaged where the masks ``(B, 1, H, W)`` are 1, and the same as before where
-            those are 0.
+            Normalized images ``(B, 3, H, W)`` and masks ``(B, 1, H, W)``; the images have defects where the masks are
+            1, and are unchanged where they are 0.
         """
         pixels = (images.detach().cpu().float() * self.std + self.mean).contiguous()
-        names: list[str | None]
         names = [None] * len(pixels) if paths is None else ["/".join(Path(path).parts[-2:]) for path in paths]
-        drawn = [self._damage(image, name, epoch) for image, name in zip(pixels, names, strict=True)]
-        masks = torch.stack([mask for _, mask in drawn])  # (B, 1, H, W)
-        normalised = (torch.stack([damaged for damaged, _ in drawn]) - self.mean) / self.std  # (B, 3, H, W)
-        masks, normalised = masks.to(images.device), normalised.to(images)
-        # in the memory format of the images, which a convolution's speed depends on
-        return torch.empty_like(images).copy_(torch.where(masks > 0, normalised, images)), masks
+        drawn = [self._add_defect(image, name, epoch) for image, name in zip(pixels, names, strict=True)]
+        masks = torch.stack([mask for _, mask in drawn]).to(images.device)  # (B, 1, H, W)
+        defective = ((torch.stack([image for image, _ in drawn]) - self.mean) / self.std).to(images)  # (B, 3, H, W)
+        # in the memory format of the images, which the speed of a convolution depends on
+        return torch.empty_like(images).copy_(torch.where(masks > 0, defective, images)), masks
 
-    def _damage(self, image: Tensor, name: str | None, epoch: int) -> tuple[Tensor, Tensor]:
-        # mixed precision would turn the noise in bfloat16
-        with seeded(self._number(image, name, epoch)), torch.autocast("cpu", enabled=False):
-            damaged, mask = self.generator(image)
-        return damaged.clamp(0, 1), mask
+    def _add_defect(self, image: Tensor, name: str | None, epoch: int) -> tuple[Tensor, Tensor]:
+        # autocast would rotate the noise in BF16
+        with seeded(self._image_seed(image, name, epoch)), torch.autocast("cpu", enabled=False):
+            defective, mask = self.generator(image)
+        return defective.clamp(0, 1), mask
 
-    def _number(self, image: Tensor, name: str | None, epoch: int) -> int:
-        """Return a whole number of 63 bits that stands for the image in this epoch."""
+    def _image_seed(self, image: Tensor, name: str | None, epoch: int) -> int:
+        """Return a seed of 63 bits for the image in this epoch."""
         key = image.numpy().tobytes() if name is None else name.encode()
         digest = hashlib.blake2b(f"{self.seed} {epoch} ".encode() + key, digest_size=8).digest()
         return int.from_bytes(digest, "big") >> 1

@@ -1,4 +1,4 @@
-"""Random numbers that depend on a seed, and disturb no others."""
+"""Seeded random numbers that leave PyTorch's generator unchanged."""
 
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -10,10 +10,10 @@ __all__ = ["seeded"]
 
 @contextmanager
 def seeded(seed: int | None) -> Iterator[None]:
-    """Let the CPU's generator, and no other, start from a seed within the context, and go on as before outside.
+    """Seed PyTorch's CPU generator within the context, and restore its state afterwards.
 
     Args:
-        seed: whole number, or None to leave the generator alone.
+        seed: whole number, or None to change nothing.
 
     Example:
         >>> with seeded(1):

@@ -1,4 +1,4 @@
-"""ResNet18's basic block in the three forms that the embedding and the decoder student need."""
+"""Residual blocks of ResNet18 that keep, halve or up-sample the size, for the embedding and the decoder student."""
 
 import math
 
@@ -12,9 +12,17 @@ __all__ = ["ResidualBlock", "conv_block", "halvings", "match_size"]
 
 
 def match_size(features: Tensor, height: int, width: int) -> Tensor:
-    """Cut off, or repeat, the last rows and columns, so that levels of odd sizes meet.
+    """Crop, or pad by replication, the last rows and columns, so that levels of odd sizes match.
 
-    Backbones round odd sizes up (ResNet) or down (ConvNeXt) where they halve them; our blocks round up.
+    Backbones round odd sizes up (ResNet) or down (ConvNeXt) when they halve them; the blocks of this module round up.
+
+    Args:
+        features: ``(B, C, H, W)``.
+        height: H' in pixels.
+        width: W' in pixels.
+
+    Returns:
+        Features ``(B, C, H', W')``.
     """
     missing_rows, missing_columns = height - features.shape[-2], width - features.shape[-1]
     if missing_rows > 0 or missing_columns > 0:
@@ -23,7 +31,7 @@ def match_size(features: Tensor, height: int, width: int) -> Tensor:
 
 
 def halvings(stride: float) -> list[int]:
-    """Return the strides of the convolutions that a stride takes, one at least.
+    """Return the strides of the convolutions, at least one, that together have the given stride.
 
     >>> halvings(4), halvings(1)
     ([2, 2], [1])
@@ -41,13 +49,13 @@ def conv_block(in_channels: int, out_channels: int, *, stride: int = 1) -> nn.Se
 
 
 class ResidualBlock(nn.Module):
-    """Two convolutions beside a shortcut, summed, then an activation.
+    """Sum of two convolutions and a shortcut, followed by an activation.
 
     Args:
-        entry: first convolution of the main path; it sets the size.
-        shortcut: what the input passes to reach the same shape.
-        channels: width of the block's output.
-        signed: leave out the last activation, so that the output can take negative values.
+        entry: first convolution of the main path; it determines the output size.
+        shortcut: module that brings the input to the shape of the output.
+        channels: channels of the output.
+        signed: omit the last activation, so that the output can take negative values.
     """
 
     def __init__(self, entry: nn.Module, shortcut: nn.Module, channels: int, *, signed: bool = False) -> None:
@@ -70,14 +78,14 @@ class ResidualBlock(nn.Module):
 
     @classmethod
     def down(cls, in_channels: int, channels: int, *, stride: int = 2) -> Self:
-        """Build a block that halves the size, or keeps it with stride 1; the shortcut is a 1x1 convolution."""
+        """Build a block that divides the size by ``stride``; the shortcut is a 1x1 convolution."""
         entry = WideConv2d(in_channels, channels, kernel_size=3, stride=stride, padding=1)
         shortcut = WideConv2d(in_channels, channels, kernel_size=1, stride=stride)
         return cls(entry, nn.Sequential(shortcut, nn.BatchNorm2d(channels)), channels)
 
     @classmethod
     def up(cls, in_channels: int, channels: int, *, factor: int) -> Self:
-        """Build a block that up-samples by transposed convolutions, in the main path and in the shortcut."""
+        """Build a block that up-samples with transposed convolutions in the main path and the shortcut."""
 
         def transposed() -> nn.ConvTranspose2d:
             return nn.ConvTranspose2d(in_channels, channels, kernel_size=factor, stride=factor, bias=False)

@@ -1,4 +1,4 @@
-"""The frozen, pretrained network that the students imitate."""
+"""Teacher: the frozen, pretrained network that the students imitate."""
 
 from collections.abc import Sequence
 from typing import Any
@@ -17,8 +17,8 @@ __all__ = ["Teacher"]
 class Teacher(nn.Module):
     """A pretrained timm backbone, always in evaluation mode and without gradient.
 
-    It starts without weights: either :meth:`load_weights` or a checkpoint brings them. Until then a forward
-    pass raises, so that random features never stand in for pretrained ones.
+    It starts without pretrained weights; :meth:`load_weights` or a checkpoint provides them. Until then a forward
+    pass raises an error, so that random features are never used in place of pretrained ones.
 
     Args:
         name: timm model that supports ``features_only``.
@@ -37,17 +37,21 @@ class Teacher(nn.Module):
         return self.backbone.levels
 
     def load_weights(self, weights: TeacherWeights) -> None:
-        """Copy pretrained weights into the network and remember where they came from."""
+        """Copy pretrained weights into the network and record their origin.
+
+        Raises:
+            TeacherWeightsError: file missing or unreadable, or its tensors do not fit the network.
+        """
         weights.load_into(self.backbone)
         self.weights_origin = weights.origin
 
     def train(self, mode: bool = True) -> Self:  # noqa: ARG002 - the teacher has no training mode
-        """Stay in evaluation mode whatever the model around the teacher does."""
+        """Stay in evaluation mode when the enclosing model changes its mode."""
         return super().train(False)
 
     @torch.no_grad()
     def forward(self, images: Tensor) -> list[Tensor]:
-        """Map images ``(B, 3, H, W)`` to one feature tensor a level, without gradient.
+        """Map images ``(B, 3, H, W)`` to one ``(B, C_k, H_k, W_k)`` tensor per level, without gradient.
 
         Raises:
             TeacherWeightsError: no pretrained weights have been loaded.
@@ -62,9 +66,9 @@ class Teacher(nn.Module):
         return features
 
     def get_extra_state(self) -> dict[str, Any]:
-        """Return what a checkpoint needs beside the tensors: the origin of the weights."""
+        """Return what a checkpoint needs in addition to the tensors: the origin of the weights."""
         return {"weights_origin": self.weights_origin}
 
     def set_extra_state(self, state: dict[str, Any]) -> None:
-        """Restore the origin of the weights that the checkpoint brings."""
+        """Restore the origin of the weights from a checkpoint."""
         self.weights_origin = state["weights_origin"]

@@ -1,4 +1,4 @@
-"""Data modules; they know no model."""
+"""Data modules, and reading and checking of image files."""
 
 from anomalib_dskd.data.magnetic_tile import MagneticTile
 from anomalib_dskd.data.texture_defects import TextureDefects

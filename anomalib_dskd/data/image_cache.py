@@ -1,4 +1,4 @@
-"""Decoded, resized training images, kept from one epoch to the next."""
+"""Cache of decoded and resized training images, which saves decoding them again in each epoch."""
 
 import logging
 import mmap
@@ -20,21 +20,21 @@ logger = logging.getLogger(__name__)
 
 GIB = 2**30
 DETERMINISTIC = (v2.CenterCrop, v2.Grayscale, v2.Identity, v2.Normalize, v2.Pad, v2.Resize, v2.ToDtype, v2.ToImage)
-"""Transforms without chance. Any that is not listed counts as random: that costs time, never a wrong image."""
-NEW, WITH_MASK, WITHOUT_MASK, LEFT_OUT = range(4)
+"""Deterministic transforms. Any other counts as random, which costs time but never gives a wrong image."""
+NOT_READ, WITH_MASK, WITHOUT_MASK, NOT_CACHEABLE = range(4)
 
 
 def cache_training_images(data: AnomalibDataModule, *, memory: float) -> None:
-    """Let a data module that has been set up decode each training image once, where its augmentations allow it.
+    """Wrap the training set so that each image is decoded only once, if its augmentations are deterministic.
 
-    Reading a JPEG or PNG anew in each epoch costs more than a training step's share of it on a small processor.
+    Decoding a JPEG or PNG in each epoch takes longer than an image's share of a training step on a small CPU.
 
     Args:
-        data: its ``train_data`` is wrapped, unless its augmentations may be random.
-        memory: GiB for the images; those beyond are decoded in each epoch. 0 caches none.
+        data: data module that has been set up. Its ``train_data`` is replaced, unless its augmentations may be random.
+        memory: size of the cache in GiB; images that do not fit are decoded in each epoch. 0 disables the cache.
     """
     dataset = data.train_data
-    if isinstance(dataset, CachedImages):  # of an earlier training, with its own limit
+    if isinstance(dataset, CachedImages):  # of an earlier training run, with its own limit
         dataset = data.train_data = dataset.dataset
     if memory <= 0 or not len(dataset):
         return
@@ -58,45 +58,45 @@ def is_deterministic(transform: nn.Module | None) -> bool:
 
 
 class CachedImages(Dataset[ImageItem]):
-    """An anomalib data set that decodes a good image once, and gives the same item the next time.
+    """An anomalib data set that decodes each normal image only once and returns the same item afterwards.
 
-    The images are in memory that worker processes share, so that what one has decoded in an epoch is there for
-    all in the next. Where processes are spawned instead of forked (Windows, macOS), workers decode each time.
-    Images whose mask has a defect, or of another size than the first, are left alone, and all of them where
-    augmentations may be random or items are more than image, mask and label.
+    The cache is in memory that forked worker processes share, so an image that one of them has decoded is available to
+    all in the next epoch. Spawned workers (Windows, macOS) decode each time. Images whose mask has a defect, or whose
+    size differs from the first image's, are not cached. Nothing is cached if augmentations may be random or items have
+    more than image, mask and label.
 
     Args:
-        dataset: the data set that reads files. Everything but its items is its own.
-        memory: GiB for the images.
+        dataset: the data set that reads files. All attributes except the items are forwarded to it.
+        memory: size of the cache in GiB.
     """
 
     def __init__(self, dataset: AnomalibDataset, *, memory: float) -> None:
         self.dataset = dataset
         self.memory = memory
-        self._start_anew()
+        self._allocate()
 
-    def _start_anew(self) -> None:
+    def _allocate(self) -> None:
         item = self.dataset[0]
         image = torch.as_tensor(item.image)
         self._shape, size = image.shape, image.numel() * image.element_size()
         rows = min(len(self.dataset), int(self.memory * GIB) // size)
         self._images = self._states = None
-        is_known = type(item) is ImageItem and image.dtype == torch.float32  # MVTec 3D-AD's items have a depth too
-        if rows and is_known and is_deterministic(self.dataset.augmentations):
-            self._images = _shared(rows * size, np.float32).reshape(rows, *self._shape)
-            self._states = _shared(rows, np.uint8)
+        is_supported = type(item) is ImageItem and image.dtype == torch.float32  # MVTec 3D-AD's items have a depth too
+        if rows and is_supported and is_deterministic(self.dataset.augmentations):
+            self._images = _shared_zeros(rows * size, np.float32).reshape(rows, *self._shape)
+            self._states = _shared_zeros(rows, np.uint8)
 
     def __len__(self) -> int:
         """Return the number of images."""
         return len(self.dataset)
 
-    def __getattr__(self, name: str) -> Any:  # noqa: ANN401 - whatever the data set has
-        if name in {"dataset", "_images", "_states"}:  # not there yet: while it is unpickled
+    def __getattr__(self, name: str) -> Any:  # noqa: ANN401 - any attribute of the data set
+        if name in {"dataset", "_images", "_states"}:  # missing while it is unpickled
             raise AttributeError(name)
         return getattr(self.dataset, name)
 
     def __getstate__(self) -> dict[str, Any]:
-        """Leave out the memory, which cannot be sent to another process."""
+        """Leave out the cache, which cannot be sent to another process."""
         return {**vars(self), "_images": None, "_states": None}
 
     @property
@@ -109,33 +109,34 @@ class CachedImages(Dataset[ImageItem]):
     def augmentations(self, augmentations: nn.Module | None) -> None:
         if augmentations is not self.dataset.augmentations:
             self.dataset.augmentations = augmentations
-            self._start_anew()
+            self._allocate()
 
     def __getitem__(self, index: int) -> ImageItem:
-        """Return an item, from memory if it has been read before."""
+        """Return an item, from the cache if it has been read before."""
         if self._images is None or self._states is None or index >= len(self._states):
             return self._read(index)
         state = self._states[index]
         if state in {WITH_MASK, WITHOUT_MASK}:
-            return self._item(index, with_mask=bool(state == WITH_MASK))
+            return self._cached_item(index, with_mask=bool(state == WITH_MASK))
         item = self._read(index)
-        if state == NEW:
-            self._states[index] = self._keep(index, item)
+        if state == NOT_READ:
+            self._states[index] = self._cache(index, item)
         return item
 
     def _read(self, index: int) -> ImageItem:
         return cast("ImageItem", self.dataset[index])
 
-    def _keep(self, index: int, item: ImageItem) -> int:
-        assert self._images is not None  # the caller has looked
+    def _cache(self, index: int, item: ImageItem) -> int:
+        """Cache an item if possible; return its state."""
+        assert self._images is not None  # checked by the caller
         image, mask = torch.as_tensor(item.image), item.gt_mask
         if image.shape != self._shape or (mask is not None and torch.as_tensor(mask).any()):
-            return LEFT_OUT
+            return NOT_CACHEABLE
         self._images[index] = image.numpy()
         return WITHOUT_MASK if mask is None else WITH_MASK
 
-    def _item(self, index: int, *, with_mask: bool) -> ImageItem:
-        assert self._images is not None  # the caller has looked
+    def _cached_item(self, index: int, *, with_mask: bool) -> ImageItem:
+        assert self._images is not None  # checked by the caller
         sample = self.dataset.samples.iloc[index]
         return ImageItem(
             image=Image(torch.from_numpy(self._images[index].copy())),
@@ -146,6 +147,6 @@ class CachedImages(Dataset[ImageItem]):
         )
 
 
-def _shared(size: int, dtype: type[np.generic]) -> np.ndarray:
-    """Return zeros that forked processes share; not in /dev/shm, which containers keep small."""
+def _shared_zeros(size: int, dtype: type[np.generic]) -> np.ndarray:
+    """Return ``size`` bytes of zeros that forked processes share; not in /dev/shm, which is small in containers."""
     return np.frombuffer(mmap.mmap(-1, size), dtype=dtype)

@@ -1,6 +1,5 @@
-"""Reading image files with errors that name the file, and without what a file could do to its reader."""
+"""Read image files safely: errors name the file, and files that are dangerous to decode are refused."""
 
-import re
 import warnings
 from collections.abc import Iterable, Iterator
 from functools import lru_cache
@@ -10,108 +9,102 @@ from typing import Any
 import torch
 from anomalib.data import AnomalibDataModule
 from anomalib.data.utils import read_image
-from PIL import Image, UnidentifiedImageError
+from PIL import Image
 
 from anomalib_dskd.errors import DataError, UnsafeImageError
 
 __all__ = [
+    "READABLE_ERRORS",
     "check_data_files",
     "check_header",
     "check_headers",
     "dataset_paths",
-    "is_deep",
+    "has_high_bit_depth",
     "open_image",
     "read_named_image",
 ]
 
-READABLE_ERRORS = (OSError, SyntaxError, ValueError, UnidentifiedImageError, Image.DecompressionBombError)
-PROGRAMS = ("EPS",)  # PostScript, which PIL gives to Ghostscript to run, whatever the file's suffix
-REMEMBERED = 2**17  # files whose header is read once a process
+READABLE_ERRORS = (OSError, SyntaxError, ValueError, Image.DecompressionBombError)
+"""What PIL raises for an image that cannot be read."""
+PROGRAM_FORMATS = ("EPS",)  # PostScript: PIL runs it with Ghostscript, whatever the file's suffix
+MAX_CHECKED_FILES = 2**17  # per process, whose headers are not read again
 
 
-def is_deep(mode: str) -> bool:
-    """Whether images of a PIL mode have more than 8 bits a channel.
+def has_high_bit_depth(mode: str) -> bool:
+    """Whether images of a PIL mode have more than 8 bits per channel.
 
-    >>> is_deep("I;16"), is_deep("RGB")
+    >>> has_high_bit_depth("I;16"), has_high_bit_depth("RGB")
     (True, False)
     """
     return mode.startswith(("I", "F"))
 
 
 def open_image(path: str | Path) -> Image.Image:
-    """Open an image as ``PIL.Image.open`` does, which reads its header, and refuse what is not safe to decode.
+    """Open an image with ``PIL.Image.open``, which reads only the header, and refuse files that are unsafe to decode.
 
     Raises:
-        UnsafeImageError: it has more pixels than ``PIL.Image.MAX_IMAGE_PIXELS``, of which PIL warns alone, or it is a
-            program.
-        OSError: it cannot be read; ``READABLE_ERRORS`` has what else PIL raises then.
+        UnsafeImageError: the image has more than ``PIL.Image.MAX_IMAGE_PIXELS`` pixels, or is a PostScript program.
+        OSError: the file cannot be read; ``READABLE_ERRORS`` lists the other errors of PIL.
     """
-    with warnings.catch_warnings():
-        warnings.simplefilter("ignore", Image.DecompressionBombWarning)
-        try:
+    try:
+        with warnings.catch_warnings():
+            warnings.simplefilter("error", Image.DecompressionBombWarning)
             image = Image.open(path)
-        except Image.DecompressionBombError as error:  # twice as many
-            number = re.search(r"\d+", str(error))
-            raise _too_large(path, int(number[0]) if number else 0) from None
-    pixels, limit = image.width * image.height, Image.MAX_IMAGE_PIXELS
-    if limit is not None and pixels > limit:
-        image.close()
-        raise _too_large(path, pixels)
-    if image.format in PROGRAMS:
+    except (Image.DecompressionBombWarning, Image.DecompressionBombError) as error:
+        msg = (
+            f"image {str(path)!r} is too large to decode. {error} Cut it into tiles, or scale it down. If images are "
+            f"meant to be so large, raise PIL.Image.MAX_IMAGE_PIXELS ({Image.MAX_IMAGE_PIXELS}) in Python."
+        )
+        raise UnsafeImageError(msg) from None
+    if image.format in PROGRAM_FORMATS:
         image.close()
         msg = f"image {str(path)!r} is a PostScript program, which is not run. Convert it to PNG, or remove it."
         raise UnsafeImageError(msg)
     return image
 
 
-def _too_large(path: str | Path, pixels: int) -> UnsafeImageError:
-    return UnsafeImageError(
-        f"image {str(path)!r} has {pixels:,} pixels, more than the {Image.MAX_IMAGE_PIXELS:,} that are decoded. Cut it "
-        "into tiles, or scale it down. If images are meant to be so large, raise PIL.Image.MAX_IMAGE_PIXELS in Python."
-    )
-
-
-@lru_cache(maxsize=REMEMBERED)
+@lru_cache(maxsize=MAX_CHECKED_FILES)
 def check_header(path: str | Path, *, is_mask: bool = False) -> None:
-    """Refuse images that are not safe to decode, or that ``anomalib.data.utils.read_image`` would turn white.
+    """Refuse images that are unsafe to decode, or that ``anomalib.data.utils.read_image`` would turn white.
 
-    Only the file's header is read, once a process; a file that cannot be opened is left to its reader.
+    Only the header is read, once per process. Files that cannot be opened pass: reading them raises an error.
 
     Args:
-        path: file of the image.
-        is_mask: it may have more than 8 bits a channel.
+        path: image file.
+        is_mask: whether the image is a mask, which may have more than 8 bits per channel.
 
     Raises:
-        DataError: 16-bit, 32-bit or floating-point image, or, as ``UnsafeImageError``, what :func:`open_image` refuses.
+        UnsafeImageError: see :func:`open_image`.
+        DataError: the image has 16-bit, 32-bit or floating-point channels.
     """
     try:
         with open_image(path) as image:
             mode = image.mode
     except READABLE_ERRORS:
         return
-    if is_deep(mode) and not is_mask:
+    if has_high_bit_depth(mode) and not is_mask:
         msg = (
-            f"image {str(path)!r} has more than 8 bits a channel (PIL mode {mode!r}); anomalib would clip it to "
-            "white. Convert the data set to 8 bits, with one fixed range for all images, such as "
+            f"image {str(path)!r} has more than 8 bits per channel (PIL mode {mode!r}); anomalib would clip it to "
+            "white. Convert the data set to 8 bits, with the same range for all images, such as "
             "`(pixels / 65535 * 255).astype('uint8')`."
         )
         raise DataError(msg)
 
 
 def check_headers(paths: Iterable[str | Path] | None) -> None:
-    """Apply :func:`check_header` to images, if there are names of any."""
+    """Apply :func:`check_header` to images; ``None`` stands for no paths."""
     for path in () if paths is None else paths:
         check_header(path)
 
 
 def check_data_files(data: AnomalibDataModule, splits: Iterable[str]) -> None:
-    """Apply :func:`check_header` to all images and masks of a data module's sets, before training decodes any.
+    """Apply :func:`check_header` to all images and masks of a data module, before any of them is decoded.
 
-    Of pseudo-defects also to the images that they are painted on, which anomalib has decoded by then.
+    For synthetic defects this includes the source images.
 
     Args:
-        data: it has been set up.
-        splits: the ones of ``train``, ``val`` and ``test`` to look at.
+        data: data module that has been set up.
+        splits: splits to check, of ``train``, ``val`` and ``test``.
     """
     datasets = [getattr(data, f"{split}_data", None) for split in splits]
     tables = [getattr(dataset, name, None) for dataset in datasets for name in ("samples", "source_samples")]
@@ -122,8 +115,8 @@ def check_data_files(data: AnomalibDataModule, splits: Iterable[str]) -> None:
                 check_header(path, is_mask=True)
 
 
-def dataset_paths(loaders: Any) -> Iterator[str | Path]:  # noqa: ANN401 - whatever the trainer was given
-    """Yield the image files behind data loaders, as far as anomalib's data sets name them."""
+def dataset_paths(loaders: Any) -> Iterator[str | Path]:  # noqa: ANN401 - any type that a trainer accepts
+    """Yield the image files of data loaders' data sets, as far as these list them as anomalib's do."""
     for loader in loaders if isinstance(loaders, (list, tuple)) else [loaders]:
         dataset = getattr(loader, "dataset", None)
         yield from getattr(dataset, "image_filenames", ())
@@ -131,10 +124,11 @@ def dataset_paths(loaders: Any) -> Iterator[str | Path]:  # noqa: ANN401 - whate
 
 
 def read_named_image(path: str | Path) -> torch.Tensor:
-    """Read an image as ``(3, H, W)`` floats from 0 to 1.
+    """Read an image as ``(3, H, W)`` floats from 0 to 1; an error names the file.
 
     Raises:
-        DataError: the file is missing, truncated, no image, of more than 8 bits a channel, or not safe to decode.
+        DataError: the file is missing, truncated, not an image, has more than 8 bits per channel, or is unsafe to
+            decode.
     """
     check_header(path)
     try:

@@ -1,7 +1,7 @@
-"""Magnetic Tile Defects, as its authors publish it.
+"""Data module of the Magnetic Tile Defects data set, in the layout that its authors publish.
 
 Huang, Qiu, Yuan: "Surface defect saliency of magnetic tile", The Visual Computer 36 (2020). The layout is
-``MT_<class>/Imgs/*.jpg`` with a ``*.png`` mask of the same name beside each; there is no published split.
+``MT_<class>/Imgs/*.jpg`` with a ``*.png`` mask of the same name next to each; there is no published split.
 """
 
 from functools import partial
@@ -25,23 +25,23 @@ __all__ = ["DEFECTS", "MagneticTile", "MagneticTileDataset"]
 
 NORMAL = "Free"
 DEFECTS = ("Blowhole", "Break", "Crack", "Fray", "Uneven")
-MASK_THRESHOLD = 127  # masks hold JPEG-like values between 0 and 255
+MASK_THRESHOLD = 127  # masks have JPEG-like values from 0 to 255
 
 
 class MagneticTileDataset(AnomalibDataset):
     """One split of the Magnetic Tile Defects data.
 
-    ``samples`` has a column ``label`` with the defect class, so that results can be told per class.
+    The column ``label`` of ``samples`` is the defect class, for results per class.
 
     Args:
-        root: folder that holds ``MT_Free`` and the defect folders.
-        split: ``train`` (good tiles alone), ``test`` (the other good tiles and all defects), or both.
-        test_ratio: share of the good tiles that goes into the test set.
-        seed: of the split of the good tiles.
+        root: folder that contains ``MT_Free`` and the defect folders.
+        split: ``train`` (only normal tiles), ``test`` (the other normal tiles and all defects), or ``None`` for both.
+        test_ratio: fraction of the normal tiles in the test set.
+        seed: seed of the split of the normal tiles.
         augmentations: applied to image and mask together.
 
     Raises:
-        DataError: the folder is missing, or not laid out as the authors publish it.
+        DataError: the folder is missing, or does not have the published layout.
     """
 
     mask_threshold = MASK_THRESHOLD
@@ -63,14 +63,14 @@ class MagneticTileDataset(AnomalibDataset):
         self.samples.attrs["task"] = "segmentation"
 
     def __getitem__(self, index: int) -> ImageItem:
-        """Read one image, and its mask thresholded at 127."""
+        """Read an image and its mask, thresholded at 127."""
         sample = self.samples.iloc[index]
         image = read_named_image(sample.image_path)
         mask = _read_mask(sample.mask_path) if sample.label_index else torch.zeros(image.shape[-2:])
         if mask.shape != image.shape[-2:]:
             msg = (
                 f"mask {sample.mask_path!r} has {tuple(mask.shape)} pixels, its image {tuple(image.shape[-2:])}. "
-                "Restore the published file: a mask is as large as its image."
+                "Restore the published file: a mask has the size of its image."
             )
             raise DataError(msg)
         gt_mask = Mask(mask.to(torch.uint8))
@@ -86,27 +86,27 @@ class MagneticTileDataset(AnomalibDataset):
 
 
 class MagneticTile(AnomalibDataModule):
-    """Magnetic Tile Defects: a seeded split of the good tiles, and all five defect classes in the test set.
+    """Magnetic Tile Defects: a seeded split of the normal tiles, and all five defect classes in the test set.
 
-    Four tiles of ``Uneven`` are published with an empty mask. They are defects, and stay in the test set as
-    such; their pixels count as normal, as the published masks say.
+    Four tiles of ``Uneven`` are published with an empty mask. They are in the test set as defective images whose pixels
+    are all normal.
 
     Args:
-        root: folder that holds ``MT_Free`` and the defect folders.
-        train_batch_size: images a training batch. Default, our choice: 16; the paper gives none.
-        eval_batch_size: images a batch in validation and test.
-        num_workers: processes that read images beside the main one.
-        train_augmentations: as in every anomalib data module.
-        val_augmentations: as in every anomalib data module.
-        test_augmentations: as in every anomalib data module.
-        augmentations: as in every anomalib data module.
-        test_ratio: share of the good tiles that goes into the test set. The authors publish no split.
-        val_split_mode: as in every anomalib data module. Default, as in ``MVTecAD``: the test set.
-        val_split_ratio: as in every anomalib data module.
-        seed: of the split.
+        root: folder that contains ``MT_Free`` and the defect folders.
+        train_batch_size: images per training batch. Default, our choice: 16; the paper gives none.
+        eval_batch_size: images per batch in validation and test.
+        num_workers: number of worker processes that read images.
+        train_augmentations: as in anomalib's data modules.
+        val_augmentations: as in anomalib's data modules.
+        test_augmentations: as in anomalib's data modules.
+        augmentations: as in anomalib's data modules.
+        test_ratio: fraction of the normal tiles in the test set. The authors publish no split.
+        val_split_mode: as in anomalib's data modules. Default, as in ``MVTecAD``: the test set.
+        val_split_ratio: as in anomalib's data modules.
+        seed: seed of the split.
 
     Raises:
-        ArgumentError: ``test_ratio`` is not between 0 and 1, or another argument has no legal value.
+        ArgumentError: ``test_ratio`` is not between 0 and 1, or another argument is not supported.
     """
 
     def __init__(
@@ -125,7 +125,7 @@ class MagneticTile(AnomalibDataModule):
         seed: int = 0,
     ) -> None:
         if not 0 < test_ratio < 1:
-            msg = f"test_ratio {test_ratio!r} must be between 0 and 1: the share of good tiles kept for the test."
+            msg = f"test_ratio {test_ratio!r} must be between 0 and 1: the fraction of normal tiles in the test set."
             raise ArgumentError(msg)
         check_seed(seed)
         check_val_split_mode(val_split_mode)
@@ -150,7 +150,7 @@ class MagneticTile(AnomalibDataModule):
 
 
 def make_samples(root: Path, *, test_ratio: float, seed: int) -> DataFrame:
-    """List all images with their mask, class, label and split.
+    """List all images with mask, class, label and split.
 
     Returns:
         Columns ``image_path``, ``mask_path``, ``label`` (``Free`` or the defect), ``label_index`` (0 or 1) and
@@ -166,35 +166,35 @@ def make_samples(root: Path, *, test_ratio: float, seed: int) -> DataFrame:
         for image in images:
             mask = image.with_suffix(".png")
             if label != NORMAL and not mask.is_file():
-                msg = f"image {str(image)!r} has no mask {mask.name!r} beside it. {_EXPECTED}"
+                msg = f"image {str(image)!r} has no mask {mask.name!r} next to it. {_EXPECTED}"
                 raise DataError(msg)
             rows.append((str(image), str(mask), label, int(label != NORMAL), Split.TEST.value))
     samples = DataFrame(rows, columns=["image_path", "mask_path", "label", "label_index", "split"])
     normal = np.flatnonzero(samples.label == NORMAL)
-    kept = round(len(normal) * test_ratio)
-    if not 0 < kept < len(normal):
-        msg = f"test_ratio {test_ratio} leaves one side of {len(normal)} good tiles empty. Choose another."
+    test_count = round(len(normal) * test_ratio)
+    if not 0 < test_count < len(normal):
+        msg = f"test_ratio {test_ratio} puts all {len(normal)} normal tiles into one split. Choose another ratio."
         raise ArgumentError(msg)
-    train = np.random.default_rng(seed).permutation(normal)[kept:]
+    train = np.random.default_rng(seed).permutation(normal)[test_count:]
     samples.loc[train, "split"] = Split.TRAIN.value
     return samples
 
 
 _EXPECTED = (
-    f"Expected are the folders {', '.join(f'MT_{label}/Imgs' for label in (NORMAL, *DEFECTS))} with *.jpg images and "
+    f"Expected folders: {', '.join(f'MT_{label}/Imgs' for label in (NORMAL, *DEFECTS))} with *.jpg images and "
     "*.png masks, as in https://github.com/abin24/Magnetic-tile-defect-datasets."
 )
 
 
 def _check_layout(root: Path) -> None:
     if not root.is_dir():
-        state = "is no folder" if root.exists() else "does not exist"
+        state = "is not a folder" if root.exists() else "does not exist"
         msg = f"data root {str(root)!r} {state}. Give the folder of the data with --data.root. {_EXPECTED}"
         raise DataError(msg)
     missing = [f"MT_{label}/Imgs" for label in (NORMAL, *DEFECTS) if not (root / f"MT_{label}" / "Imgs").is_dir()]
     if missing:
         found = ", ".join(sorted(path.name for path in root.iterdir())[:10]) or "nothing"
-        msg = f"data root {str(root)!r} lacks {', '.join(missing)}; it holds {found}. {_EXPECTED}"
+        msg = f"data root {str(root)!r} does not contain {', '.join(missing)}. Found: {found}. {_EXPECTED}"
         raise DataError(msg)
 
 

@@ -1,7 +1,7 @@
-"""A small demonstration data set, made from photographs that scikit-image ships: no download needed.
+"""A small demonstration data set, made from photographs that scikit-image includes: no download needed.
 
-Crops of a brick wall, a lawn and a gravel path are the good parts; half of the test crops are damaged. The
-damage is painted, so it is easier to find than real defects: use it to try the commands, not to compare models.
+The normal images are crops of a brick wall, a lawn and a gravel path. Half of the test crops have synthetic defects,
+which are easier to detect than real ones: use the data set to try the commands, not to compare models.
 """
 
 import json
@@ -9,6 +9,7 @@ import os
 import tempfile
 from collections.abc import Callable
 from pathlib import Path
+from typing import Literal, get_args
 
 import numpy as np
 import numpy.typing as npt
@@ -21,49 +22,51 @@ from skimage.draw import disk, line
 from skimage.morphology import dilation
 from torchvision.transforms.v2 import Transform
 
+from anomalib_dskd.argument_checks import check_choice
 from anomalib_dskd.data.data_module_checks import check_seed, check_val_split_mode
 from anomalib_dskd.errors import ArgumentError, DataError
 
 __all__ = ["CATEGORIES", "DEFECTS", "TextureDefects"]
 
-CATEGORIES = ("brick", "grass", "gravel")
-CROP = 128  # pixels a side
-STAIN = (0.35, 0.6)  # share of the light left; this and the next are our choice: visible, not glaring
-SCRATCH = (25, 235)  # gray of a dark and of a bright scratch
-ROUGHNESS = 0.15  # of a blob's outline
-OUTLINE = 0.4  # level of the smoothed, noisy disk at which a blob ends
-BORDER = 320  # train crops lie left of this column of the 512, test crops right of it
+Category = Literal["brick", "grass", "gravel"]
+CATEGORIES: tuple[str, ...] = get_args(Category)
+CROP = 128  # height and width in pixels
+STAIN = (0.35, 0.6)  # factor of the brightness. Our choice, as the next one: visible but not obvious
+SCRATCH = (25, 235)  # gray levels of dark and bright scratches
+ROUGHNESS = 0.15  # of a blob's contour
+CONTOUR_LEVEL = 0.4  # of the smoothed, noisy disk
+BORDER = 320  # of 512 columns; training crops are to the left, test crops to the right
 PARAMETERS_FILE = "parameters.json"
-VERSION = 1  # to be raised when the painting changes, so that old crops are not taken for new ones
+VERSION = 1  # increase it when the defects change, so that existing crops are not reused
 
 Gray = npt.NDArray[np.uint8]
 Region = npt.NDArray[np.bool_]
 
 
 class TextureDefects(MVTecAD):
-    """Crops of a photographed texture; in the test half of them have stains, scratches or foreign texture.
+    """Crops of a photographed texture; half of the test crops have stains, scratches or foreign texture.
 
-    Train and test crops come from disjoint areas of the photograph. Images and masks are written as PNG in the
-    layout of MVTec AD below ``root``, for a person to look at, and reused when they are there.
+    Training and test crops come from disjoint areas of the photograph. Images and masks are written as PNG files in the
+    layout of MVTec AD below ``root``, and reused if they exist.
 
     Args:
         root: folder to write the data set to.
         category: ``brick``, ``grass`` or ``gravel``.
-        train_images: good crops for training.
-        test_images: crops for the test, half of them damaged.
-        train_batch_size: images a training batch.
-        eval_batch_size: images a batch in validation and test.
-        num_workers: processes that read images beside the main one.
-        train_augmentations: as in every anomalib data module.
-        val_augmentations: as in every anomalib data module.
-        test_augmentations: as in every anomalib data module.
-        augmentations: as in every anomalib data module.
-        val_split_mode: as in every anomalib data module. Default, as in ``MVTecAD``: the test set.
-        val_split_ratio: as in every anomalib data module.
-        seed: of the crops and the damage.
+        train_images: number of normal training crops.
+        test_images: number of test crops, half of them defective.
+        train_batch_size: images per training batch.
+        eval_batch_size: images per batch in validation and test.
+        num_workers: number of worker processes that read images.
+        train_augmentations: as in anomalib's data modules.
+        val_augmentations: as in anomalib's data modules.
+        test_augmentations: as in anomalib's data modules.
+        augmentations: as in anomalib's data modules.
+        val_split_mode: as in anomalib's data modules. Default, as in ``MVTecAD``: the test set.
+        val_split_ratio: as in anomalib's data modules.
+        seed: seed of the crops and the defects.
 
     Raises:
-        ArgumentError: unknown category, too few images, or another argument has no legal value.
+        ArgumentError: unknown category, too few images, or another argument is not supported.
     """
 
     def __init__(
@@ -83,15 +86,8 @@ class TextureDefects(MVTecAD):
         val_split_ratio: float = 0.5,
         seed: int = 0,
     ) -> None:
-        if category not in CATEGORIES:
-            msg = f"category {category!r} is unknown. Legal are {', '.join(CATEGORIES)}."
-            raise ArgumentError(msg)
-        if train_images < 1 or test_images < 2 * len(DEFECTS):
-            msg = (
-                f"train_images {train_images} and test_images {test_images}: at least 1 and {2 * len(DEFECTS)} are "
-                "needed, so that every kind of defect is in the test."
-            )
-            raise ArgumentError(msg)
+        check_choice(Category, category=category)
+        _check_counts(train_images, test_images)
         check_seed(seed)
         check_val_split_mode(val_split_mode)
         super().__init__(
@@ -112,42 +108,51 @@ class TextureDefects(MVTecAD):
         self.parameters = {"version": VERSION, **self.counts}
 
     def prepare_data(self) -> None:
-        """Write the images and masks, unless they are there.
+        """Write the images and masks, unless they exist.
 
         Raises:
-            DataError: the folder holds something else, or cannot be written.
+            DataError: the folder contains something else, or cannot be written.
         """
         folder = self.root / self.category
         try:
-            if folder.exists():
-                self._check_written(folder)
-                return
-            self.root.mkdir(parents=True, exist_ok=True)
-            # written aside and renamed, so that an interrupted run leaves no half data set behind
-            with tempfile.TemporaryDirectory(dir=self.root, prefix=f".{self.category}-") as scratch:
-                made = Path(scratch, self.category)
-                _write_category(made, self.category, **self.counts)
-                (made / PARAMETERS_FILE).write_text(json.dumps(self.parameters))
-                made.rename(folder)
+            if not folder.exists():
+                self._write(folder)
         except OSError as error:
-            if os.path.isdir(folder):  # another process was faster
-                self._check_written(folder)
-                return
-            msg = f"data root {str(self.root)!r} cannot be written: {error}. Give a writable folder as --data.root."
-            raise DataError(msg) from error
+            if not os.path.isdir(folder):  # otherwise another process was faster
+                msg = f"data root {str(self.root)!r} cannot be written: {error}. Give a writable folder as --data.root."
+                raise DataError(msg) from error
+        self._check_written(folder)
+
+    def _write(self, folder: Path) -> None:
+        self.root.mkdir(parents=True, exist_ok=True)
+        # renamed when it is complete, so that an interrupted run leaves no incomplete data set
+        with tempfile.TemporaryDirectory(dir=self.root, prefix=f".{self.category}-") as scratch:
+            written = Path(scratch, self.category)
+            _write_category(written, self.category, **self.counts)
+            (written / PARAMETERS_FILE).write_text(json.dumps(self.parameters))
+            written.rename(folder)
 
     def _check_written(self, folder: Path) -> None:
-        file = folder / PARAMETERS_FILE
         try:
-            written = json.loads(file.read_text())
+            written = json.loads((folder / PARAMETERS_FILE).read_text())
         except (OSError, ValueError):
             written = None
         if written != self.parameters:
             msg = (
-                f"folder {str(folder)!r} holds {'other data' if written is None else f'crops made with {written}'}, "
-                f"not with {self.parameters}. Remove the folder, or give another --data.root."
+                f"folder {str(folder)!r} contains {'other data' if written is None else f'crops made with {written}'}, "
+                f"not crops made with {self.parameters}. Remove the folder, or give another --data.root."
             )
             raise DataError(msg)
+
+
+def _check_counts(train_images: int, test_images: int) -> None:
+    least = 2 * len(DEFECTS)  # half of the test images are defective
+    if train_images < 1 or test_images < least:
+        msg = (
+            f"train_images {train_images} and test_images {test_images}: at least 1 and {least} are needed, so that "
+            "the test set has every kind of defect."
+        )
+        raise ArgumentError(msg)
 
 
 def _write_category(folder: Path, category: str, *, train_images: int, test_images: int, seed: int) -> None:
@@ -160,8 +165,8 @@ def _write_category(folder: Path, category: str, *, train_images: int, test_imag
         crop = _crop(photograph[:, BORDER:], random)
         if index < test_images // 2:
             defect = list(DEFECTS)[index % len(DEFECTS)]
-            damaged, region = _damage(crop, _crop(foreign, random), defect, random)
-            _save(folder / "test" / defect / f"{index:03d}.png", damaged)
+            defective, region = _add_defect(crop, _crop(foreign, random), defect, random)
+            _save(folder / "test" / defect / f"{index:03d}.png", defective)
             _save(folder / "ground_truth" / defect / f"{index:03d}_mask.png", region.astype(np.uint8) * 255)
         else:
             _save(folder / "test" / "good" / f"{index:03d}.png", crop)
@@ -177,28 +182,28 @@ def _crop(area: Gray, random: np.random.Generator) -> Gray:
     return area[top : top + CROP, left : left + CROP]
 
 
-def _damage(crop: Gray, foreign: Gray, defect: str, random: np.random.Generator) -> tuple[Gray, Region]:
-    """Return the damaged crop and the region whose pixels, and no others, differ from ``crop``."""
+def _add_defect(crop: Gray, foreign: Gray, defect: str, random: np.random.Generator) -> tuple[Gray, Region]:
+    """Return the defective crop, and the region of exactly the pixels that differ from ``crop``."""
     paint, shape = DEFECTS[defect]
     region = shape(random)
     painted = paint(crop, foreign, random)
-    painted = np.where(painted == crop, crop ^ 1, painted)  # by chance the same: one gray level apart
+    painted = np.where(painted == crop, crop ^ 1, painted)  # equal by chance: change by one gray level
     return np.where(region, painted, crop).astype(np.uint8), region
 
 
 def _blob(random: np.random.Generator) -> Region:
-    """An uneven disk, about 7 to 13 % of the crop's side in radius, well inside the crop."""
+    """An irregular disk inside the crop, with a radius of about 7 to 13 % of the crop's height."""
     radius = random.uniform(0.07, 0.13) * CROP
-    centre = random.uniform(2 * radius, CROP - 2 * radius, size=2)
+    center = random.uniform(2 * radius, CROP - 2 * radius, size=2)
     field = np.zeros((CROP, CROP))
-    field[disk(centre, radius, shape=field.shape)] = 1  # type: ignore[no-untyped-call]
+    field[disk(center, radius, shape=field.shape)] = 1  # type: ignore[no-untyped-call]
     noise = gaussian_filter(random.normal(size=field.shape), 3)
-    blob: Region = gaussian_filter(field, 2) + ROUGHNESS * noise / noise.std() * (field > 0) > OUTLINE
+    blob: Region = gaussian_filter(field, 2) + ROUGHNESS * noise / noise.std() * (field > 0) > CONTOUR_LEVEL
     return blob
 
 
 def _stroke(random: np.random.Generator) -> Region:
-    """A straight scratch, 3 pixels wide, 30 to 70 % of the crop's side long."""
+    """A straight line, 3 pixels wide, with a length of 30 to 70 % of the crop's height."""
     length, angle = random.uniform(0.3, 0.7) * CROP, random.uniform(0, np.pi)
     middle = random.uniform(0.35, 0.65, size=2) * CROP
     half = np.array([np.sin(angle), np.cos(angle)]) * length / 2

@@ -1,4 +1,4 @@
-"""One room a model, and ``distillation``: what they share."""
+"""The models, one package each; ``distillation`` holds what they share."""
 
 from anomalib_dskd.models.afkd import Afkd
 from anomalib_dskd.models.dskd import Dskd

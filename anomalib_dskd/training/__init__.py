@@ -1,1 +1,1 @@
-"""Building blocks of training that no network holds: feature cache, averaged weights, batch-norm statistics."""
+"""Training-only components that are independent of any model: feature cache, weight average, batch-norm statistics."""

@@ -1,4 +1,4 @@
-"""Batch-norm statistics of the weights as they are, instead of a running average over past weights."""
+"""Batch-norm statistics re-estimated for the present weights, in place of running averages."""
 
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -6,28 +6,28 @@ from contextlib import contextmanager
 from torch import nn
 from torch.nn.modules.batchnorm import _BatchNorm
 
-__all__ = ["fresh_statistics"]
+__all__ = ["reestimated_statistics"]
 
 
 @contextmanager
-def fresh_statistics(network: nn.Module) -> Iterator[None]:
-    """Estimate the statistics of ``network``'s batch norms anew, from the batches that it sees within the context.
+def reestimated_statistics(network: nn.Module) -> Iterator[None]:
+    """Re-estimate the batch-norm statistics of ``network`` from the batches that it processes within the context.
 
-    In training a batch norm keeps an exponential average over batches that its and its predecessors' *earlier*
-    weights made. Where weights move fast, as with a constant learning rate, the average is not what the present
-    weights give, and evaluation suffers. Within the context every batch norm in training mode forgets its
-    statistics and takes the plain mean over the batches; one in evaluation mode, such as the frozen teacher's,
-    is left alone. (:func:`torch.optim.swa_utils.update_bn` would reset the teacher's too.)
+    In training, a batch norm keeps an exponential average over batches that *earlier* weights of the network
+    produced. If the weights change fast, as with a constant learning rate, this average does not match the present
+    weights, and evaluation suffers. Within the context, every batch norm in training mode resets its statistics and
+    takes the plain mean over the batches. A batch norm in evaluation mode, such as one of the frozen teacher, does not
+    change. (:func:`torch.optim.swa_utils.update_bn` would reset the teacher's statistics too.)
 
-    A batch norm that saw no batch keeps its statistics from before, and so do all if an error ends the context.
+    A batch norm that processes no batch gets its previous statistics back; if the context ends with an error, all do.
 
     Args:
-        network: network whose training-mode batch norms are meant.
+        network: network whose batch norms in training mode are re-estimated.
 
     Example:
         >>> import torch
         >>> norm = nn.BatchNorm1d(1)
-        >>> with fresh_statistics(norm):
+        >>> with reestimated_statistics(norm):
         ...     _ = norm(torch.tensor([[1.0], [3.0]])), norm(torch.tensor([[5.0], [7.0]]))
         >>> norm.running_mean.item(), norm.running_var.item()  # means of 2 and 6, and of 2 and 2
         (4.0, 2.0)
@@ -39,7 +39,7 @@ def fresh_statistics(network: nn.Module) -> Iterator[None]:
     try:
         for norm in norms:
             norm.reset_running_stats()
-            norm.momentum = None  # PyTorch's way to ask for the plain mean
+            norm.momentum = None  # for PyTorch: the plain mean instead of an exponential average
         yield
         is_done = True
     finally:

@@ -1,4 +1,4 @@
-"""A frozen teacher's features of the training images, kept from one epoch to the next."""
+"""Cache of a frozen teacher's features of the training images, in memory and in a temporary file."""
 
 import functools
 import hashlib
@@ -21,28 +21,28 @@ GIB = 2**30
 
 
 class FeatureCache:
-    """Keeps what a frozen network returns for an image, found again by the image's pixels.
+    """Caches the features that a frozen network returns for an image; the key is the image's pixels.
 
-    Without random augmentation a frozen teacher sees the same images in every epoch, and need be run in the
-    first one alone. Features are given with unit norm over channels, which is all that a cosine asks for, and
-    rounded to float16 (a step of 5e-4 of each value, which changes ``1 - cos`` by about 1e-7). As an image's pixels are
-    its key, a randomly augmented image can never get another one's features; it merely is not found, and a
-    full cache that misses most images in an epoch empties and switches itself off.
+    Without random augmentation, a frozen teacher gets the same images in every epoch, and has to be run only in the
+    first. Features are returned with unit norm over channels, which does not change cosines, and rounded to FP16 (a
+    relative step of 5e-4, which changes ``1 - cos`` by about 1e-7). Because pixels are the key, a randomly augmented
+    image never gets the features of another one. A full cache that does not have most images of an epoch is emptied
+    and switched off.
 
-    Up to ``memory`` the features are in memory, beyond it in a temporary file that vanishes with the process.
-    If that cannot grow, the images left over are computed each time.
+    Up to ``memory``, the features are in memory, beyond it in a temporary file that is deleted with the process. If
+    the file cannot grow, the features of the remaining images are computed each time.
 
     Args:
-        network: maps images ``(B, 3, H, W)`` to one ``(B, C_k, H_k, W_k)`` tensor a level, without gradient.
-        images: number of images to keep at most: that of the training set.
-        memory: size in GiB up to which features are kept in memory.
+        network: maps images ``(B, 3, H, W)`` to one ``(B, C_k, H_k, W_k)`` tensor per level, without gradient.
+        images: maximum number of images: the size of the training set.
+        memory: size in GiB up to which features are in memory.
 
     Example:
         >>> calls = []
         >>> cache = FeatureCache(lambda images: calls.append(len(images)) or [2 * images], images=1, memory=1.0)
         >>> images = torch.eye(3).view(1, 3, 3, 1)
-        >>> first, again = cache(images), cache(images)  # the second time from the cache
-        >>> calls, torch.equal(first[0], images), torch.equal(again[0], images)
+        >>> first, second = cache(images), cache(images)  # the second time from the cache
+        >>> calls, torch.equal(first[0], images), torch.equal(second[0], images)
         ([1], True, True)
     """
 
@@ -53,20 +53,20 @@ class FeatureCache:
         self.is_on = True
         self._can_grow = True
         self._was_complete = False
-        self._found = self._seen = 0
-        self._forget()
+        self._hits = self._requests = 0
+        self._clear()
 
     def __reduce__(self) -> tuple[Callable[..., "FeatureCache"], tuple[Any, ...]]:
-        """Copy and pickle without the features: they are quickly computed anew."""
+        """Copy and pickle without the features, which are quickly computed again."""
         return functools.partial(FeatureCache, images=self.images, memory=self.memory), (self.network,)
 
-    def _forget(self) -> None:
+    def _clear(self) -> None:
         self._rows: dict[bytes, int] = {}
         self._blocks: list[np.ndarray] = []
         self._shapes: list[torch.Size] | None = None
 
     def __len__(self) -> int:
-        """Return the number of images whose features are kept."""
+        """Return the number of images whose features are cached."""
         return len(self._rows)
 
     @property
@@ -80,11 +80,11 @@ class FeatureCache:
         return sum(block.nbytes for block in self._blocks if isinstance(block, np.memmap))
 
     def __call__(self, images: Tensor) -> list[Tensor]:
-        """Return the features of images ``(B, 3, H, W)``: as they are kept, whether or not they had to be computed.
+        """Return the features of images ``(B, 3, H, W)``, rounded in the same way whether cached or just computed.
 
-        An image that is new goes through the network alone, since a batch's other images could change its features in
-        the last bit. So they are the same in the first epoch, in later ones, and in a training that is resumed. Images
-        that are not on the CPU go straight to the network, which is quicker there than fetching features.
+        An image that is not cached goes through the network as a batch of one, since other images in its batch could
+        change the last bit of its features. The features are therefore the same in all epochs and in a training run
+        that is resumed. Images that are not on the CPU go straight to the network: there this is faster than the cache.
         """
         if not self.is_on or images.device.type != "cpu":
             return self.network(images)
@@ -94,27 +94,27 @@ class FeatureCache:
             if key in self._rows:
                 row = self._rows[key]
                 rows.append(self._blocks[row // BLOCK][row % BLOCK])
-                self._found += 1
+                self._hits += 1
             else:
                 computed = self.network(images[index : index + 1])
                 shapes = [level.shape[1:] for level in computed]
                 rows.append(np.concatenate([_pack(level).numpy()[0] for level in computed]))
-                self._keep(key, rows[-1], shapes)
-        self._seen += len(rows)
-        assert shapes is not None  # a row was found or computed
+                self._store(key, rows[-1], shapes)
+        self._requests += len(rows)
+        assert shapes is not None  # set by the first image ever computed
         levels = torch.split(torch.from_numpy(np.stack(rows)), [shape.numel() for shape in shapes], dim=1)
         return [_unpack(level, shape) for level, shape in zip(levels, shapes, strict=True)]
 
     def end_epoch(self) -> None:
-        """Take stock: a cache that had all images when the epoch began, and missed most, is of no use."""
-        if self._was_complete and 2 * self._found < self._seen:
+        """Switch off a cache that was complete at the start of the epoch but did not have most of its images."""
+        if self._was_complete and 2 * self._hits < self._requests:
             logger.info("teacher features are computed in each epoch: images differ from epoch to epoch")
             self.is_on = False
-            self._forget()
+            self._clear()
         self._was_complete = len(self) == self.images
-        self._found = self._seen = 0
+        self._hits = self._requests = 0
 
-    def _keep(self, key: bytes, values: np.ndarray, shapes: list[torch.Size]) -> None:
+    def _store(self, key: bytes, values: np.ndarray, shapes: list[torch.Size]) -> None:
         if self._shapes is None:
             self._shapes = shapes
         row = len(self._rows)
@@ -128,7 +128,7 @@ class FeatureCache:
             self._rows[key] = row
 
     def _grow(self, values: int) -> bool:
-        """Add a block, in memory or in the file; return whether that worked."""
+        """Add a block, in memory or in the temporary file; return whether that was possible."""
         size = BLOCK * values * np.dtype(np.float16).itemsize
         if self.bytes_in_memory + size <= self.memory * GIB:
             self._blocks.append(np.empty((BLOCK, values), dtype=np.float16))
@@ -137,8 +137,8 @@ class FeatureCache:
             self._blocks.append(_block_on_disk(size, values))
         except OSError as error:
             logger.warning(
-                "teacher features of %d images are kept; the others are computed in each epoch, since the temporary "
-                "file in %s cannot grow: %s. Make room there, or set TMPDIR to another folder.",
+                "teacher features of %d images are cached; those of the others are computed in each epoch, because the "
+                "temporary file in %s cannot grow: %s. Free disk space there, or set TMPDIR to another folder.",
                 len(self),
                 tempfile.gettempdir(),
                 error,
@@ -148,8 +148,8 @@ class FeatureCache:
 
 
 def _block_on_disk(size: int, values: int) -> np.ndarray:
-    with tempfile.TemporaryFile(prefix="anomalib-dskd-") as file:  # the map keeps it; with the map it is gone
-        file.write(bytes(size))  # written, not only made longer: a full disk shows here, not in a crash later
+    with tempfile.TemporaryFile(prefix="anomalib-dskd-") as file:  # the memory map keeps it open until it is deleted
+        file.write(bytes(size))  # written, not just extended: a full disk raises here instead of crashing later
         file.flush()
         return np.memmap(file, dtype=np.float16, mode="r+", shape=(BLOCK, values))
 
@@ -160,7 +160,7 @@ def _key(image: Tensor) -> bytes:
 
 
 def _pack(level: Tensor) -> Tensor:
-    """``(B, C, h, w)`` to ``(B, h w C)`` of unit norm, channels last, as the students' features lie."""
+    """``(B, C, h, w)`` to ``(B, h w C)`` with unit norm, channels last like the students' features."""
     return F.normalize(level.float(), dim=1).permute(0, 2, 3, 1).flatten(1).half()
 
 

@@ -1,4 +1,4 @@
-"""An exponential average of weights over the steps of a training, to score with instead of the last step's."""
+"""Exponential moving average (EMA) of a network's weights, to evaluate with in place of the last step's weights."""
 
 from typing import Any
 
@@ -8,22 +8,22 @@ from torch.optim.swa_utils import get_ema_multi_avg_fn
 
 __all__ = ["WeightAverage"]
 
-WARM_UP = 9  # our choice, TensorFlow's: steps until the decay is a half
+WARM_UP = 9  # steps until the decay is one half; our choice: as in TensorFlow
 
 
 class WeightAverage:
-    r"""Holds an average of a network's trained weights, and puts it in their place while images are scored.
+    r"""Maintains an average of a network's trainable weights, and swaps it into the network for evaluation.
 
-    After the n-th step, counted from 0, with weights :math:`w_n`,
+    After step n, counted from 0, with weights :math:`w_n`,
 
     .. math:: a_n = d_n a_{n-1} + (1 - d_n) w_n, \qquad d_n = \min\left(d, \frac{n}{n + 9}\right)
 
-    The decay grows so that a short training, too, has an average of its later weights; it is TensorFlow's one step
-    later, so that nothing of the weights before the first step remains. Batch-norm statistics are not averaged: they
-    are to be estimated anew for the averaged weights.
+    The decay grows, so that a short training run, too, gets an average of its later weights. It is TensorFlow's decay
+    one step later, so that the average contains nothing of the weights before the first step. Batch-norm statistics
+    are not averaged: re-estimate them for the averaged weights.
 
     Args:
-        network: its parameters that take gradients are meant.
+        network: network whose parameters that require gradients are averaged.
         decay: d.
 
     Example:
@@ -32,66 +32,66 @@ class WeightAverage:
         >>> for weight in (1.0, 3.0):
         ...     _ = nn.init.constant_(network.weight, weight)
         ...     average.update()
-        >>> average.use()
+        >>> average.apply()
         >>> round(network.weight.item(), 3)  # 0.1 of the first and 0.9 of the second
         2.8
-        >>> average.put_back()
+        >>> average.restore()
         >>> network.weight.item()
         3.0
     """
 
     def __init__(self, network: nn.Module, *, decay: float) -> None:
         self.decay = decay
-        self.is_in_use = False
-        """Whether the average is in the network, and what is learnt held here; else the other way round."""
+        self.is_applied = False
+        """Whether the network holds the average and this object the trained weights, or the other way round."""
         self._weights = {name: weight for name, weight in network.named_parameters() if weight.requires_grad}
-        self._held = {name: weight.detach().clone() for name, weight in self._weights.items()}
+        self._stored = {name: weight.detach().clone() for name, weight in self._weights.items()}
         self._updates = 0
 
     @torch.no_grad()
     def update(self) -> None:
-        """Take the network's weights into the average, after a step of the optimiser."""
+        """Add the network's weights to the average, after a step of the optimizer."""
         decay = min(self.decay, self._updates / (self._updates + WARM_UP))
-        get_ema_multi_avg_fn(decay)(list(self._held.values()), list(self._in_network().values()), self._updates)
+        get_ema_multi_avg_fn(decay)(list(self._stored.values()), list(self._in_network().values()), self._updates)
         self._updates += 1
 
-    def use(self) -> None:
-        """Put the average in the network's place, unless it is there already."""
-        if not self.is_in_use:
+    def apply(self) -> None:
+        """Put the average into the network, unless it is already there."""
+        if not self.is_applied:
             self._swap()
 
-    def put_back(self) -> None:
-        """Put what is learnt back into the network, unless it is there already."""
-        if self.is_in_use:
+    def restore(self) -> None:
+        """Put the trained weights back into the network, unless they are already there."""
+        if self.is_applied:
             self._swap()
 
     @torch.no_grad()
     def _swap(self) -> None:
         for name, weight in self._weights.items():
             before = weight.detach().clone()
-            weight.copy_(self._held[name])
-            self._held[name].copy_(before)
-        self.is_in_use = not self.is_in_use
+            weight.copy_(self._stored[name])
+            self._stored[name].copy_(before)
+        self.is_applied = not self.is_applied
 
     @property
     def average(self) -> dict[str, Tensor]:
         """Averaged weights by name."""
-        return self._in_network() if self.is_in_use else dict(self._held)
+        return self._in_network() if self.is_applied else dict(self._stored)
 
     def state_dict(self) -> dict[str, Any]:
-        """Return what a checkpoint needs beside a network that holds the average."""
-        return {"updates": self._updates, "learnt": dict(self._held) if self.is_in_use else self._in_network()}
+        """Return what a checkpoint needs in addition to a network that holds the average."""
+        return {"updates": self._updates, "learnt": dict(self._stored) if self.is_applied else self._in_network()}
 
     def load_state_dict(self, state: dict[str, Any]) -> None:
-        """Restore what :meth:`state_dict` returned; the network holds the average of that moment.
+        """Restore what :meth:`state_dict` returned; the network must hold the average of that time.
 
         Raises:
-            KeyError: the state is another network's.
+            KeyError: the state is that of another network.
         """
-        learnt: dict[str, Tensor] = state["learnt"]
-        for name, weight in self._held.items():
-            weight.copy_(learnt[name])
-        self._updates, self.is_in_use = state["updates"], True
+        trained: dict[str, Tensor] = state["learnt"]
+        for name, weight in self._stored.items():
+            weight.copy_(trained[name])
+        self._updates, self.is_applied = state["updates"], True
 
     def _in_network(self) -> dict[str, Tensor]:
         return {name: weight.detach() for name, weight in self._weights.items()}

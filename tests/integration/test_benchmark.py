@@ -22,7 +22,7 @@ COMMAND = [sys.executable, "-W", "ignore", "-m", "anomalib_dskd.cli"]
 
 @pytest.fixture(scope="module")
 def weights(tmp_path_factory) -> Path:
-    """Weights in the shape of ResNet18's: which ones they are does not matter here."""
+    """Random weights with the shapes of ResNet18."""
     path = tmp_path_factory.mktemp("weights") / "resnet18.safetensors"
     save_file(timm.create_model("resnet18", pretrained=False).state_dict(), path)
     return path
@@ -46,7 +46,7 @@ def config(root: Path, **changes) -> dict:
 
 @pytest.fixture
 def command(magnetic_tile_root, teacher_weights, weights, tmp_path):
-    """Return a function that starts the benchmark with a configuration."""
+    """A function that starts the benchmark with a configuration."""
 
     def start(*arguments: str, **changes) -> subprocess.Popen:
         path = tmp_path / "config.yaml"
@@ -68,7 +68,7 @@ def results(folder: Path) -> list[dict]:
     return [json.loads(line) for line in path.read_text().splitlines()] if path.is_file() else []
 
 
-def test_benchmark_goes_on_where_it_was_killed_and_repeats_nothing(command, tmp_path, capsys):
+def test_a_killed_benchmark_is_resumed_and_repeats_no_job(command, tmp_path, capsys):
     process = command()
     deadline = time.monotonic() + 200
     logs = (tmp_path / "run" / "jobs").glob
@@ -76,7 +76,7 @@ def test_benchmark_goes_on_where_it_was_killed_and_repeats_nothing(command, tmp_
         second = results(tmp_path) and [
             log for log in logs("*/log.txt") if log.parent.name != results(tmp_path)[0]["job"]
         ]
-        if second and "GPU available" in second[0].read_text():  # its Trainer is made
+        if second and "GPU available" in second[0].read_text():  # its Trainer is created
             break
         time.sleep(0.05)
     os.kill(process.pid, signal.SIGKILL)
@@ -96,13 +96,13 @@ def test_benchmark_goes_on_where_it_was_killed_and_repeats_nothing(command, tmp_
     ]
     with np.load(tmp_path / "run" / "jobs" / padim["job"] / "predictions.npz") as archive:
         assert archive["maps"].shape == (12, 64, 64)
-        assert archive["scores"].max() > 1  # a distance: neither rescaled nor clamped
+        assert archive["scores"].max() > 1  # a distance, neither normalized nor clamped
         assert sorted(set(archive["classes"])) == ["Blowhole", "Break", "Crack", "Fray", "Free", "Uneven"]
     assert {path.name for path in (tmp_path / "run").glob("r*.*")} >= {"report.html", "report.md", "results.csv"}
 
     arguments = ["benchmark", "--config", str(tmp_path / "config.yaml"), "--run_folder", str(tmp_path / "run")]
     assert main(arguments) == 0
-    assert results(tmp_path) == [dskd, padim]  # nothing was left to do
+    assert results(tmp_path) == [dskd, padim]  # all jobs were done
     assert main([*arguments, "--image_size", "96"]) == 2
     errors = capsys.readouterr().err
     assert "-image_size: 64" in errors
@@ -110,7 +110,7 @@ def test_benchmark_goes_on_where_it_was_killed_and_repeats_nothing(command, tmp_
     assert results(tmp_path) == [dskd, padim]
 
 
-def test_a_job_that_fails_is_a_row_and_the_others_stay(command, tmp_path):
+def test_a_job_that_fails_is_a_row_and_the_others_are_run(command, tmp_path):
     broken = {"class_path": "anomalib_dskd.Dskd", "init_args": {"teacher": "test_resnet", "layers": [1, 9]}}
     models = [
         {"name": "broken", "model": broken, "epochs": 1},
@@ -127,7 +127,7 @@ def test_a_job_that_fails_is_a_row_and_the_others_stay(command, tmp_path):
 
 
 @pytest.mark.slow
-def test_one_seed_gives_one_result(command, tmp_path):
+def test_equal_seeds_give_equal_results(command, tmp_path):
     models = config(tmp_path)["models"][:1]
     scores = []
     for name in ("a", "b"):
@@ -147,9 +147,7 @@ def test_one_seed_gives_one_result(command, tmp_path):
         ({"datasets": []}, "datasets is empty"),
     ],
 )
-def test_a_wrong_configuration_is_refused_before_anything_is_trained(
-    changes, message, magnetic_tile_root, tmp_path, capsys
-):
+def test_a_faulty_configuration_is_an_error_before_training(changes, message, magnetic_tile_root, tmp_path, capsys):
     path = tmp_path / "config.yaml"
     path.write_text(yaml.safe_dump(config(magnetic_tile_root, **changes)))
     assert main(["benchmark", "--config", str(path), "--run_folder", str(tmp_path / "run")]) == 2
@@ -157,6 +155,6 @@ def test_a_wrong_configuration_is_refused_before_anything_is_trained(
     assert not (tmp_path / "run" / "results.jsonl").exists()
 
 
-def test_report_of_nothing_is_a_clear_error(tmp_path, capsys):
+def test_the_report_of_a_missing_folder_is_an_error(tmp_path, capsys):
     assert main(["report", str(tmp_path / "gone")]) == 2
     assert "gone" in capsys.readouterr().err

@@ -1,4 +1,4 @@
-"""The command ``anomalib-dskd check``, with the same data arguments and configurations as ``anomalib train``."""
+"""The command ``anomalib-dskd check``, with data arguments and configurations of ``anomalib train``."""
 
 import json
 
@@ -11,30 +11,30 @@ from PIL import Image
 from anomalib_dskd.cli import main
 
 
-def test_a_table_for_people_and_an_exit_code(magnetic_tile_root, capsys):
+def test_prints_a_table_and_returns_an_exit_code(magnetic_tile_root, capsys):
     assert main(["check", "--data", "anomalib_dskd.MagneticTile", "--data.root", str(magnetic_tile_root)]) == 0
     assert "0 errors, " in capsys.readouterr().out
 
 
-def test_json_for_machines_with_the_configuration_of_a_training(magnetic_tile_root, tmp_path, capsys):
+def test_prints_json_for_a_training_configuration(magnetic_tile_root, tmp_path, capsys):
     path = tmp_path / "train.yaml"
     data = {"class_path": "anomalib_dskd.MagneticTile", "init_args": {"root": str(magnetic_tile_root)}}
     model = {"class_path": "anomalib_dskd.Dskd", "init_args": {"image_size": 128}}
     path.write_text(yaml.safe_dump({"model": model, "data": data, "trainer": {"max_epochs": 3}}))
     broken = magnetic_tile_root / "MT_Free" / "Imgs" / "exp1_num_0.jpg"
-    sound = broken.read_bytes()
-    broken.write_bytes(sound[:100])
+    content = broken.read_bytes()
+    broken.write_bytes(content[:100])
     try:
         assert main(["check", "--config", str(path), "--format", "json"]) == 1
     finally:
-        broken.write_bytes(sound)
+        broken.write_bytes(content)
     result = json.loads(capsys.readouterr().out)
     assert result["counts"]["error"] == 1
     (error,) = [finding for finding in result["findings"] if finding["severity"] == "error"]
     assert (error["kind"], error["files"]) == ("unreadable", [str(broken)])
 
 
-def test_a_table_names_files_whole_however_narrow_it_is(tmp_path, capsys):
+def test_narrow_table_shows_full_paths(tmp_path, capsys):
     root = tmp_path / "a_name_that_is_longer_than_a_line_of_the_table_can_be_without_being_folded" / "parts"
     for name in ("good", "bad"):
         (root / name).mkdir(parents=True)
@@ -60,22 +60,22 @@ def test_many_findings_of_a_kind_are_counted_in_the_table_and_listed_in_json(tmp
     main(arguments)
     table = " ".join(capsys.readouterr().out.split())
     assert table.count("are the same") == 5
-    assert "3 more of the kind" in table
+    assert "3 more of kind 'same-picture'" in table
     main([*arguments, "--format", "json"])
     found = json.loads(capsys.readouterr().out)["findings"]
     assert sum(finding["kind"] == "same-picture" for finding in found) == 8
 
 
-def test_progress_is_shown_on_a_terminal_alone(magnetic_tile_root, capsys, monkeypatch):
+def test_progress_is_shown_only_on_a_terminal(magnetic_tile_root, capsys, monkeypatch):
     arguments = ["check", "--data", "anomalib_dskd.MagneticTile", "--data.root", str(magnetic_tile_root)]
     main(arguments)
-    assert "looking at images" not in capsys.readouterr().err
+    assert "checking images" not in capsys.readouterr().err
     monkeypatch.setenv("FORCE_COLOR", "1")
     main(arguments)
-    assert "looking at images" in capsys.readouterr().err
+    assert "checking images" in capsys.readouterr().err
 
 
-def test_a_configuration_that_anomalib_prints_is_taken(magnetic_tile_root, tmp_path, capsys):
+def test_configuration_that_anomalib_prints_is_accepted(magnetic_tile_root, tmp_path, capsys):
     data = ["--data", "anomalib_dskd.MagneticTile", "--data.root", str(magnetic_tile_root)]
     model = ["--model", "anomalib_dskd.Dskd", "--optimizer", "SGD", "--optimizer.lr", "0.1"]
     with pytest.raises(SystemExit):
@@ -85,12 +85,12 @@ def test_a_configuration_that_anomalib_prints_is_taken(magnetic_tile_root, tmp_p
     assert main(["check", "--config", str(tmp_path / "printed.yaml")]) == 0
 
 
-def test_a_missing_root_is_told(tmp_path, capsys):
+def test_missing_root_is_reported(tmp_path, capsys):
     assert main(["check", "--data", "anomalib_dskd.MagneticTile", "--data.root", str(tmp_path / "gone")]) == 1
     assert "does not exist" in " ".join(capsys.readouterr().out.split())
 
 
-def test_an_unknown_data_module_is_refused(capsys):
+def test_unknown_data_module_is_refused(capsys):
     with pytest.raises(SystemExit):
         main(["check", "--data", "MVTecXD"])
     assert "MVTecXD" in capsys.readouterr().err

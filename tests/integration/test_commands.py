@@ -1,6 +1,5 @@
 """anomalib's commands as a user types them, in processes of their own, on small real data."""
 
-import inspect
 import os
 import subprocess
 import sys
@@ -13,6 +12,7 @@ from PIL import Image
 
 from anomalib_dskd import Afkd, Dskd, Dtgd, Tad, TextureDefects
 from anomalib_dskd.errors import DskdError
+from anomalib_dskd.models.distillation.resuming import canonical_value, constructor_defaults
 from tests.conftest import TEACHER
 
 CONFIGS = Path(__file__).parents[2] / "configs"
@@ -52,7 +52,7 @@ def checkpoint(run: tuple[Path, str]) -> Path:
     return next(run[0].rglob("model.ckpt"))
 
 
-def test_train_prints_the_figures_and_leaves_pictures(run):
+def test_train_prints_the_metrics_and_leaves_pictures(run):
     folder, output = run
     assert all(figure in output for figure in ("image_AUROC", "image_F1Score", "pixel_AUROC", "pixel_AUPRO"))
     pictures = list((folder / "results").rglob("images/**/*.jpg"))
@@ -132,10 +132,10 @@ def test_every_models_config_builds_it_with_any_data(kind, magnetic_tile_root, t
     assert type(cli.model) is kind
     assert tuple(cli.model.input_size) == (128, 128)
     built = dict(cli.model.hparams)  # what the file says is what the constructor would take anyway
-    defaults = {name: value.default for name, value in inspect.signature(kind).parameters.items()}
+    defaults = constructor_defaults(kind)
     given = set(built) & set(defaults)
     assert {"teacher", "sigma", "learning_rate"} <= given
-    differ = {name for name in given if kind.meaning_of(name, built) != kind.meaning_of(name, defaults)}
+    differ = {name for name in given if canonical_value(kind, name, built) != canonical_value(kind, name, defaults)}
     assert differ == {"image_size", "seed"}
 
 

@@ -1,4 +1,4 @@
-"""Stopping by figures on pseudo-defects, with the configuration that users add to their own."""
+"""Stopping by metrics on pseudo-defects, with the configuration that users add to their own."""
 
 from pathlib import Path
 

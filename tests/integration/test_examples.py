@@ -24,7 +24,7 @@ def script() -> ModuleType:
     return module
 
 
-def test_batches_hold_pictures_of_one_size(script, tmp_path):
+def test_batches_have_images_of_one_size(script, tmp_path):
     for index, size in enumerate([(8, 9), (8, 9), (8, 9), (7, 9), (8, 9)]):
         Image.new("RGB", size, (index, 0, 255)).save(tmp_path / f"{index}.png")
     found = list(script.batches(sorted(tmp_path.iterdir()), 2))
@@ -34,18 +34,18 @@ def test_batches_hold_pictures_of_one_size(script, tmp_path):
 
 
 @pytest.mark.parametrize("batch", [1, 3])
-def test_every_picture_has_its_own_score(batch, script, exported: Exported, factory):
-    pictures = sorted((factory / "new").iterdir())
-    predictions = script.predict(exported.xml, pictures, batch=batch)
+def test_every_image_has_its_own_score(batch, script, exported: Exported, factory):
+    paths = sorted((factory / "new").iterdir())
+    predictions = script.predict(exported.xml, paths, batch=batch)
     compiled = openvino.Core().compile_model(exported.xml, "CPU")
-    expected = {path: compiled(read_named_image(path)[None].numpy()) for path in pictures}
-    assert sorted(prediction.path for prediction in predictions) == pictures
+    expected = {path: compiled(read_named_image(path)[None].numpy()) for path in paths}
+    assert sorted(prediction.path for prediction in predictions) == paths
     for path, score, is_defective in predictions:
-        assert score == pytest.approx(expected[path]["pred_score"].item(), abs=1e-2)  # bfloat16 where there is
+        assert score == pytest.approx(expected[path]["pred_score"].item(), abs=1e-2)  # BF16 on CPUs that support it
         assert is_defective == expected[path]["pred_label"].item()
 
 
-def test_the_command_writes_a_table_and_tells_of_what_it_cannot_read(exported: Exported, factory, tmp_path):
+def test_command_writes_csv_and_reports_unreadable_files(exported: Exported, factory, tmp_path):
     shutil.copytree(factory / "new", tmp_path / "new")
     (tmp_path / "new" / "00.png").write_bytes(b"nonsense")
     command = [sys.executable, SCRIPT, exported.xml, tmp_path / "new", "--batch", "2"]
@@ -61,11 +61,11 @@ def test_the_command_writes_a_table_and_tells_of_what_it_cannot_read(exported: E
     ("arguments", "message"),
     [
         (["absent.xml", "."], "model 'absent.xml' does not exist"),
-        ([__file__, "absent"], "folder 'absent' holds no pictures"),
+        ([__file__, "absent"], "folder 'absent' contains no images"),
         ([__file__, "{new}", "--batch", "0"], "batch 0 must be 1 or larger"),
     ],
 )
-def test_wrong_arguments_say_what_is_wrong(arguments, message, factory, tmp_path):
+def test_wrong_arguments_are_reported(arguments, message, factory, tmp_path):
     command = [sys.executable, SCRIPT, *(argument.format(new=factory / "new") for argument in arguments)]
     result = subprocess.run(command, capture_output=True, text=True, check=False, cwd=tmp_path)
     assert result.returncode == 2

@@ -12,7 +12,7 @@ from anomalib.deploy import OpenVINOInferencer, TorchInferencer
 from PIL import Image
 
 from anomalib_dskd import Afkd, Dskd, Dtgd, Tad
-from anomalib_dskd.models.distillation.lightning_model import DistillationMixin
+from anomalib_dskd.models.distillation.lightning_model import DistillationModule
 from anomalib_dskd.models.distillation.quantization import map_operations
 from tests.conftest import TEACHER
 
@@ -56,8 +56,8 @@ pytestmark = [
 ]
 
 
-def untrained(teacher: str, layers=(1, 2, 3), kind: type = Dskd, **arguments) -> DistillationMixin:
-    """A model that passes for trained: what it has learnt does not matter to the export."""
+def untrained(teacher: str, layers=(1, 2, 3), kind: type = Dskd, **arguments) -> DistillationModule:
+    """A model that passes for trained: what it has learned does not matter to the export."""
     model = kind(teacher=teacher, layers=layers, seed=0, **{"image_size": 64, "sigma": 2.0, **arguments})
     model.model.teacher.weights_origin = {"file": "random, for the test"}
     model.model.is_trained = True
@@ -92,7 +92,7 @@ def run_onnx(path: Path, images: torch.Tensor) -> dict[str, np.ndarray]:
 
 
 def check_all_agree(
-    model: DistillationMixin, folder: Path, batches: list[torch.Tensor], *, xml: Path | None = None
+    model: DistillationModule, folder: Path, batches: list[torch.Tensor], *, xml: Path | None = None
 ) -> None:
     """Compare PyTorch with the ONNX model in ONNX Runtime and in OpenVINO, and with the OpenVINO model if given."""
     onnx = model.to_onnx(folder)

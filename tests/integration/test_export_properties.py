@@ -1,4 +1,4 @@
-"""PyTorch, ONNX Runtime and OpenVINO give the same scores, maps and labels for whatever a line may send, in f32."""
+"""PyTorch, ONNX Runtime and OpenVINO give the same scores, maps and labels in FP32 for any image from production."""
 
 from collections.abc import Callable
 from dataclasses import dataclass
@@ -29,22 +29,22 @@ pytestmark = [
 Outputs = dict[str, np.ndarray]
 Runtime = Callable[[torch.Tensor], Outputs]
 
-# --- images as they come from a camera, (3, height, width) -------------------------------------------------------
+# --- images like those of a camera, (3, height, width) -----------------------------------------------------------
 
 KINDS = {
     "black": lambda shape, _: np.zeros(shape, dtype=np.uint8),
     "white": lambda shape, _: np.full(shape, 255, dtype=np.uint8),
     "constant gray": lambda shape, random: np.full(shape, random.integers(256), dtype=np.uint8),
-    "constant colour": lambda shape, random: (
+    "constant color": lambda shape, random: (
         np.zeros(shape, np.uint8) + random.integers(256, size=(3, 1, 1), dtype="u1")
     ),
     "gray noise": lambda shape, random: np.repeat(
         random.integers(256, size=(1, *shape[1:]), dtype=np.uint8), 3, axis=0
     ),
-    "colour noise": lambda shape, random: random.integers(256, size=shape, dtype=np.uint8),
+    "color noise": lambda shape, random: random.integers(256, size=shape, dtype=np.uint8),
     "black and white noise": lambda shape, random: random.choice(np.array([0, 255], dtype=np.uint8), size=shape),
     "nearly black": lambda shape, random: random.poisson(0.3, size=shape).astype(np.uint8),
-    "colour photograph": lambda shape, random: photograph(shape, random, skimage.data.astronaut()),
+    "color photograph": lambda shape, random: photograph(shape, random, skimage.data.astronaut()),
     "gray photograph": lambda shape, random: photograph(shape, random, np.dstack([skimage.data.brick()] * 3)),
 }
 
@@ -56,7 +56,7 @@ def photograph(shape: tuple[int, ...], random: np.random.Generator, pixels: np.n
 
 @st.composite
 def batches(draw: st.DrawFn, most: int = 5) -> torch.Tensor:
-    """Images of one size, as bytes that anomalib has converted, or as floats between their steps."""
+    """Images of one size: 8-bit images converted by anomalib, or floats between the 8-bit levels."""
     shape = (3, draw(st.integers(1, 300)), draw(st.integers(1, 300)))
     kinds = draw(st.lists(st.sampled_from(sorted(KINDS)), min_size=1, max_size=most))
     random = np.random.default_rng(draw(st.integers(0, 2**32 - 1)))
@@ -106,7 +106,7 @@ def assert_same(result: Outputs, expected: Outputs) -> None:
         ("anomaly_map", "pred_mask", 0.5),
     ):
         np.testing.assert_allclose(result[values], expected[values], rtol=0, atol=TOLERANCE)
-        clear = abs(expected[values] - decision) > TOLERANCE  # on the threshold itself, rounding decides
+        clear = abs(expected[values] - decision) > TOLERANCE  # at the threshold, rounding determines the label
         np.testing.assert_array_equal(expected[decisions][clear], expected[values][clear] > decision)
         np.testing.assert_array_equal(result[decisions][clear], expected[decisions][clear])
 
@@ -125,29 +125,29 @@ def test_all_runtimes_agree(compiled: Compiled, images: torch.Tensor):
 @pytest.mark.parametrize("runtime", ["PyTorch", "ONNX Runtime", "OpenVINO"])
 @examples(max_examples=25)
 @given(images=batches())
-def test_results_are_finite_and_of_the_models_size(compiled: Compiled, runtime: str, images: torch.Tensor):
+def test_results_are_finite_and_have_the_models_size(compiled: Compiled, runtime: str, images: torch.Tensor):
     result = compiled.runtimes[runtime](images)
     assert result["anomaly_map"].shape == result["pred_mask"].shape == (len(images), 1, *SIZE)
     assert result["pred_score"].shape == result["pred_label"].shape == (len(images), 1)
     for name in ("anomaly_map", "pred_score"):
         assert result[name].dtype == np.float32
-        assert ((result[name] >= 0) & (result[name] <= 1)).all()  # which NaN is not
+        assert ((result[name] >= 0) & (result[name] <= 1)).all()  # false for NaN
     np.testing.assert_allclose(result["anomaly_map"].max(axis=(2, 3)), result["pred_score"], rtol=0, atol=1e-6)
 
 
 @pytest.mark.parametrize("runtime", ["PyTorch", "ONNX Runtime", "OpenVINO"])
 @examples(max_examples=25)
 @given(images=batches())
-def test_a_result_does_not_depend_on_what_else_is_in_the_batch(compiled: Compiled, runtime: str, images: torch.Tensor):
+def test_results_do_not_depend_on_the_rest_of_the_batch(compiled: Compiled, runtime: str, images: torch.Tensor):
     run = compiled.runtimes[runtime]
-    together = run(images)
+    batched = run(images)
     for index in range(len(images)):
-        alone = run(images[index : index + 1])
-        assert_same(alone, {name: value[index : index + 1] for name, value in together.items()})
+        single = run(images[index : index + 1])
+        assert_same(single, {name: value[index : index + 1] for name, value in batched.items()})
 
 
-def test_the_thresholds_divide_the_images_that_are_drawn(compiled: Compiled):
-    """Else the agreement of labels would say nothing."""
+def test_both_labels_occur_among_the_drawn_images(compiled: Compiled):
+    """Otherwise equal labels would prove nothing."""
     random = np.random.default_rng(2)
     images = [KINDS[kind]((3, *SIZE), random) for kind in sorted(KINDS) for _ in range(4)]
     result = compiled.runtimes["OpenVINO"](torch.from_numpy(np.stack(images)).float() / 255)

@@ -167,7 +167,8 @@ def write_results(folder: Path, **changes: object) -> None:
         "epochs_source": "this configuration",
         "image_size": [64, 64],
         "precision": "32-true",
-        "figures": {"image_AUROC": 0.9},
+        "accelerator": "cpu",
+        "metrics": {"image_AUROC": 0.9},
         **changes,
     }
     (folder / "results.jsonl").write_text(json.dumps(record) + "\n")
@@ -195,7 +196,7 @@ def test_a_job_cannot_name_another_folder(job, run_folder):
 @pytest.mark.parametrize(
     ("changes", "message"),
     [
-        ({"category": ["a"]}, r"category \['a'\] is not a text"),
+        ({"category": ["a"]}, r"category \['a'\] is not a string or null"),
         ({"init_args": "x"}, "init_args 'x' is not a mapping"),
         ({"classes": []}, r"classes \[\] is not a mapping"),
         ({"weights": {}}, r"weights \{\} is not a list"),
@@ -207,7 +208,7 @@ def test_results_of_another_kind_are_refused(changes, message, run_folder):
         write_report(run_folder)
 
 
-@pytest.mark.parametrize("name", ["results.csv", "report.md", "report.html", ".report.html.part"])
+@pytest.mark.parametrize("name", ["results.csv", "report.md", "report.html", "report.html.part"])
 def test_a_link_in_a_run_folder_is_replaced_and_not_followed(name, run_folder, tmp_path):
     precious = tmp_path / "precious.txt"
     precious.write_text("mine")
@@ -231,7 +232,7 @@ def test_code_in_predictions_does_not_run(run_folder, tmp_path):
     ("changes", "message"),
     [
         ({"scores": np.zeros(5)}, "have the shapes"),
-        ({"labels": np.array(["0", "1"])}, "are no numbers"),
+        ({"labels": np.array(["0", "1"])}, "are not numbers"),
         ({"maps": np.zeros((1, 8, 8))}, r"maps or masks of 2 images have the shape \(1, 8, 8\)"),
         ({"maps": np.zeros((2, 8))}, r"have the shape \(2, 8\)"),
     ],
@@ -245,7 +246,9 @@ def test_forged_predictions_are_refused(changes, message, run_folder):
 def test_predictions_that_would_fill_the_memory_are_not_unpacked(run_folder, monkeypatch):
     monkeypatch.setattr("anomalib_dskd.benchmark.report.gallery.MOST_BYTES", 10_000)
     write_predictions(run_folder, ["a.png", "b.png"], masks=np.zeros((2, 200, 200), dtype=np.uint8))
-    with pytest.raises(DataError, match="predictions.npz' cannot be read: it unpacks to 0.0 GiB, and 0 are the most"):
+    with pytest.raises(
+        DataError, match="predictions.npz' cannot be read: its uncompressed size is 0.0 GiB, the limit is 0 GiB"
+    ):
         write_report(run_folder)
 
 
@@ -264,7 +267,7 @@ FORMULAS = ["=HYPERLINK(1)", "+1", "-1", "@x", "\tx"]
 
 @pytest.mark.parametrize("text", FORMULAS)
 def test_a_spreadsheet_finds_no_formulas(text, run_folder):
-    write_results(run_folder, model=text, figures={"image_AUROC": -0.25})
+    write_results(run_folder, model=text, metrics={"image_AUROC": -0.25})
     write_report(run_folder)
     with (run_folder / "results.csv").open(newline="") as file:
         (row,) = csv.DictReader(file)

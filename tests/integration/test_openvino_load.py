@@ -1,7 +1,7 @@
-"""One compiled model under load from several threads, by the script that measures it in long."""
+"""One compiled model under load from several threads, by the experiment that measures long runs."""
 
-import importlib.util
-import sys
+import importlib
+from collections.abc import Iterator
 from pathlib import Path
 from types import ModuleType, SimpleNamespace
 
@@ -16,16 +16,14 @@ IMAGES = [np.random.default_rng(seed).random((1, 3, *MODEL_SIZE), dtype=np.float
 
 
 @pytest.fixture(scope="module")
-def script() -> ModuleType:
-    spec = importlib.util.spec_from_file_location("openvino_load", SCRIPT)
-    module = importlib.util.module_from_spec(spec)
-    sys.modules["openvino_load"] = module  # where dataclasses look for it
-    spec.loader.exec_module(module)
-    return module
+def script() -> Iterator[ModuleType]:
+    with pytest.MonkeyPatch.context() as patch:
+        patch.syspath_prepend(SCRIPT.parent)  # where it finds what the scripts share
+        yield importlib.import_module("openvino_load")
 
 
 def test_every_prediction_from_four_threads_is_right_and_memory_stays(script: ModuleType, exported: Exported):
-    compiled = openvino.Core().compile_model(exported.xml, "CPU", script.F32)
+    compiled = openvino.Core().compile_model(exported.xml, "CPU", script.FP32)
     load = script.run_under_load(compiled, IMAGES, predictions=800, threads=4)
     assert (load.predictions, load.wrong) == (800, 0)
     assert load.growth < 0.05

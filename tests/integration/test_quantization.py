@@ -1,4 +1,4 @@
-"""8-bit exports of a small model that has learnt a little: what they score, and what computes in 8 bits."""
+"""8-bit exports of a small model that has learned a little: what they score, and what computes in 8 bits."""
 
 from pathlib import Path
 
@@ -11,7 +11,7 @@ from anomalib.deploy import CompressionType
 
 from anomalib_dskd import Afkd, Dskd, Dtgd, MagneticTile, Tad
 from anomalib_dskd.errors import ArgumentError
-from anomalib_dskd.models.distillation.lightning_model import DistillationMixin
+from anomalib_dskd.models.distillation.lightning_model import DistillationModule
 from anomalib_dskd.models.distillation.quantization import (
     calibration_images,
     first_convolutions,
@@ -30,7 +30,7 @@ def data(magnetic_tile_root) -> MagneticTile:
     return MagneticTile(magnetic_tile_root, train_batch_size=4)
 
 
-def trained(kind: type, data: MagneticTile, teacher_weights: Path, root: Path, **arguments) -> DistillationMixin:
+def trained(kind: type, data: MagneticTile, teacher_weights: Path, root: Path, **arguments) -> DistillationModule:
     model = kind(
         teacher=TEACHER,
         teacher_weights=teacher_weights,
@@ -102,7 +102,7 @@ def assert_networks_are_quantised_and_the_map_is_not(int8: openvino.Model) -> No
     assert len(of_networks) > 18
     sources = {operation.input_value(0).get_node().get_type_name() for operation in of_networks}
     assert "FakeQuantize" in sources
-    assert sources <= {"FakeQuantize", "MaxPool", "Concat"}  # the last two pass on what is quantised before them
+    assert sources <= {"FakeQuantize", "MaxPool", "Concat"}  # the last two pass on what is quantized before them
     readers = [operation for operation in convolutions if operation.get_friendly_name() in first]
     inputs = [operation.input_value(index).get_node().get_type_name() for operation in readers for index in (0, 1)]
     assert "Constant" in inputs
@@ -138,7 +138,7 @@ def map_error(network: openvino.Model, f32: openvino.Model, images: list[np.ndar
 
 
 def test_plain_quantisation_still_spoils_the_map(f32, int8, data):
-    """Fails when the map can be quantised as well, and ``map_operations`` is no longer needed."""
+    """Fails when the map can be quantized as well, and ``map_operations`` is no longer needed."""
     images, is_good = resized_test_images(data)
     good = [image for image, good in zip(images, is_good, strict=True) if good]
     plain = nncf.quantize(f32.clone(), nncf.Dataset(list(calibration_images(data, SIZE))))
@@ -177,7 +177,7 @@ def test_quantisation_without_images_is_refused(model, tmp_path):
 
 
 def test_accuracy_control_is_refused(model, data, tmp_path):
-    with pytest.raises(ArgumentError, match="'int8_acq' wants defects .* Legal are none, 'fp16', 'int8'"):
+    with pytest.raises(ArgumentError, match="'int8_acq' needs defects .* Supported values: none, 'fp16', 'int8'"):
         model.to_openvino(tmp_path, compression_type=CompressionType.INT8_ACQ, datamodule=data)
 
 

@@ -1,4 +1,4 @@
-"""The benchmark on a Ray cluster of two machines, one of which is lost."""
+"""The benchmark on a Ray cluster of two machines, one of which fails."""
 
 import threading
 import time
@@ -13,7 +13,7 @@ from tests.conftest import TEACHER
 
 pytestmark = [
     pytest.mark.slow,
-    # of Ray's own processes and files, which it leaves to the system
+    # Ray does not close all its processes and files
     pytest.mark.filterwarnings("ignore::ResourceWarning", "ignore::pytest.PytestUnraisableExceptionWarning"),
     pytest.mark.filterwarnings("ignore::FutureWarning", "ignore::DeprecationWarning"),
 ]
@@ -25,16 +25,16 @@ ray = pytest.importorskip("ray", reason="needs the extra `ray`")
 def cluster():
     from ray.cluster_utils import Cluster  # noqa: PLC0415 - Ray may be missing
 
-    made = Cluster(initialize_head=True, head_node_args={"num_cpus": 0})
-    nodes = [made.add_node(num_cpus=1), made.add_node(num_cpus=1)]
-    made.connect()
-    yield made, nodes
+    cluster = Cluster(initialize_head=True, head_node_args={"num_cpus": 0})
+    nodes = [cluster.add_node(num_cpus=1), cluster.add_node(num_cpus=1)]
+    cluster.connect()
+    yield cluster, nodes
     ray.shutdown()
-    made.shutdown()
+    cluster.shutdown()
 
 
-def test_jobs_of_a_lost_machine_are_done_on_another(cluster, magnetic_tile_root, teacher_weights, tmp_path):
-    made, (_, lost) = cluster
+def test_jobs_of_a_failed_machine_are_repeated_on_another(cluster, magnetic_tile_root, teacher_weights, tmp_path):
+    running, (_, failing) = cluster
     teacher = TEACHER.partition(".")[0]
     model = {"class_path": "anomalib_dskd.Dskd", "init_args": {"teacher": teacher, "sigma": 2.0}}
     data = {"class_path": "anomalib_dskd.MagneticTile", "init_args": {"root": str(magnetic_tile_root)}}
@@ -51,26 +51,26 @@ def test_jobs_of_a_lost_machine_are_done_on_another(cluster, magnetic_tile_root,
     for task in tasks:
         task.folder.mkdir()
 
-    def lose_a_machine():
-        while ray.available_resources().get("CPU", 0) > 0:  # until both have a job
+    def remove_a_machine():
+        while ray.available_resources().get("CPU", 0) > 0:  # until both machines have a job
             time.sleep(0.1)
         time.sleep(2)
-        made.remove_node(lost, allow_graceful=False)
+        running.remove_node(failing, allow_graceful=False)
 
-    killer = threading.Thread(target=lose_a_machine)
-    killer.start()
+    remover = threading.Thread(target=remove_a_machine)
+    remover.start()
     runner = RayRunner(environment(tmp_path / "weights"), lambda *_: None, cpus=1)
-    records = list(runner.run(tasks))
-    killer.join()
-    assert sorted(record["seed"] for record in records) == [0, 1, 2]
-    assert [record["reason"] for record in records] == [None] * 3
-    assert len(made.worker_nodes) == 1
+    results = list(runner.run(tasks))
+    remover.join()
+    assert sorted(result.seed for result in results) == [0, 1, 2]
+    assert [result.reason for result in results] == [None] * 3
+    assert len(running.worker_nodes) == 1
     for task in tasks:
         assert (task.folder / "predictions.npz").is_file(), task.job.title
 
 
 @pytest.mark.usefixtures("cluster")
-def test_a_job_that_fits_no_machine_is_refused():
+def test_a_job_that_no_machine_can_run_is_an_error():
     runner = RayRunner({}, lambda *_: None, cpus=3)
-    with pytest.raises(ArgumentError, match="cpus 3 a job: no machine of the cluster has more than 1. Give --cpus"):
+    with pytest.raises(ArgumentError, match="cpus 3 per job: no machine of the cluster has more than 1. Give --cpus"):
         list(runner.run([]))

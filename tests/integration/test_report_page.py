@@ -1,4 +1,4 @@
-"""The report's page in a real browser, driven over Chromium's own debugging pipe: no other package is needed."""
+"""The report's page in Chromium, controlled by its debugging pipe, which needs no other package."""
 
 import base64
 import itertools
@@ -14,14 +14,14 @@ from pathlib import Path
 
 import numpy as np
 import pytest
-from tests.unit.benchmark.test_report import HOSTILE, NO_FIGURE, small_run
 
 from anomalib_dskd.benchmark.report.write_report import write_report
+from tests.unit.benchmark.report.test_report import HOSTILE, NO_RESULT, small_run
 
 CHROMIUM = next(filter(None, map(shutil.which, ("chromium", "chromium-browser", "google-chrome"))), None)
-SECONDS = 60  # that the browser has for one answer, on a busy machine
+SECONDS = 60  # time limit for one answer of the browser, on a busy machine
 
-# The browser reads commands on descriptor 3 and answers on 4: this puts them there, and becomes the browser.
+# The browser reads commands from descriptor 3 and writes answers to 4: this opens them, and becomes the browser.
 LAUNCHER = (
     "import os, sys; a, b = (os.dup(int(n)) for n in sys.argv[1:3]); "
     "os.dup2(a, 3); os.dup2(b, 4); [os.set_inheritable(n, True) for n in (3, 4)]; os.execv(sys.argv[3], sys.argv[3:])"
@@ -29,7 +29,7 @@ LAUNCHER = (
 
 
 class Browser:
-    """A page in headless Chromium, everything it wrote to its console, and every address it asked for."""
+    """A page in headless Chromium, its console messages, and its network requests."""
 
     def __init__(self, executable: str, folder: Path) -> None:
         commands, self._commands = os.pipe()
@@ -47,7 +47,7 @@ class Browser:
         self.events: list[dict] = []
 
     def attach(self) -> None:
-        """Open an empty page, and listen to it."""
+        """Open an empty page, and receive its events."""
         target = self.send("Target.createTarget", url="about:blank")["targetId"]
         self._session = self.send("Target.attachToTarget", targetId=target, flatten=True)["sessionId"]
         for domain in ("Page", "Runtime", "Log", "Network"):
@@ -88,12 +88,12 @@ class Browser:
     def resize(self, width: int, height: int = 900, *, phone: bool = False) -> None:
         self.send("Emulation.setDeviceMetricsOverride", width=width, height=height, deviceScaleFactor=1, mobile=phone)
 
-    def colours(self, scheme: str) -> None:
+    def set_color_scheme(self, scheme: str) -> None:
         self.send("Emulation.setEmulatedMedia", features=[{"name": "prefers-color-scheme", "value": scheme}])
 
-    def screenshot(self, path: Path, *, whole: bool = True) -> None:
-        picture = self.send("Page.captureScreenshot", captureBeyondViewport=whole)["data"]
-        path.write_bytes(base64.b64decode(picture))
+    def screenshot(self, path: Path, *, whole_page: bool = True) -> None:
+        image = self.send("Page.captureScreenshot", captureBeyondViewport=whole_page)["data"]
+        path.write_bytes(base64.b64decode(image))
 
     def close(self) -> None:
         try:
@@ -126,7 +126,7 @@ def page(tmp_path_factory):
 
 
 def rows(browser: Browser, title: str) -> list[list[str]]:
-    """The texts of a table's body, as they stand now."""
+    """The current texts of a table's body."""
     return browser.evaluate(
         f"[...document.querySelector('[aria-label={json.dumps(title)}] table').tBodies[0].rows]"
         ".map((row) => [...row.cells].map((cell) => cell.innerText.trim()))"
@@ -134,7 +134,7 @@ def rows(browser: Browser, title: str) -> list[list[str]]:
 
 
 def click(browser: Browser, title: str, heading: str) -> str:
-    """Click a heading, and return what it then says of its order."""
+    """Click a heading, and return its sort order."""
     return browser.evaluate(
         f"(() => {{ const heading = [...document.querySelectorAll('[aria-label={json.dumps(title)}] th')]"
         f".find((th) => th.innerText.trim() === {json.dumps(heading)}); heading.querySelector('button').click();"
@@ -142,7 +142,7 @@ def click(browser: Browser, title: str, heading: str) -> str:
     )
 
 
-def test_tables_are_there(page):
+def test_the_page_has_all_tables(page):
     titles = page.evaluate("[...document.querySelectorAll('main h3, main summary')].map((title) => title.innerText)")
     for title in ("Accuracy, %", "Image AUROC by category, %", "AUPRO by kind of defect, %", "Cost", "Failed jobs"):
         assert title in titles
@@ -151,37 +151,37 @@ def test_tables_are_there(page):
     assert rows(page, "Failed jobs")[0][-1] == "RuntimeError: <script>alert(1)</script>"
 
 
-def test_every_picture_is_there(page):
-    pictures = page.evaluate("[...document.images].map((image) => [image.naturalWidth, image.alt])")
-    assert len(pictures) > 10
-    assert all(width > 0 and alt for width, alt in pictures)
-    drawing = "document.querySelector('figure svg')"
-    assert page.evaluate(f"{drawing}.getBoundingClientRect().height") > 100
-    assert "DSKD 92.0 % at 20.0, 10.0 ms" in page.evaluate(f"{drawing}.getAttribute('aria-label')")
+def test_all_images_are_loaded(page):
+    images = page.evaluate("[...document.images].map((image) => [image.naturalWidth, image.alt])")
+    assert len(images) > 10
+    assert all(width > 0 and alt for width, alt in images)
+    plot = "document.querySelector('figure svg')"
+    assert page.evaluate(f"{plot}.getBoundingClientRect().height") > 100
+    assert "DSKD 92.0 % at 20.0, 10.0 ms" in page.evaluate(f"{plot}.getAttribute('aria-label')")
     assert "the file is gone" in page.evaluate("document.querySelector('.gallery').innerText")
 
 
-def test_sorting_sorts_by_value_and_keeps_what_is_missing_last(page):
+def test_sorting_is_by_value_with_missing_values_last(page):
     def latencies():
         return [row[1].split(" ")[0] for row in rows(page, "Cost")]
 
     before = latencies()
-    assert before == ["20.0", "12.0", "200.0", "failed", NO_FIGURE, NO_FIGURE]  # as texts, 200.0 would be before 20.0
+    assert before == ["20.0", "12.0", "200.0", "failed", NO_RESULT, NO_RESULT]  # as texts, 200.0 would be before 20.0
     assert click(page, "Cost", "PyTorch, ms") == "ascending"
-    assert latencies() == ["12.0", "20.0", "200.0", "failed", NO_FIGURE, NO_FIGURE]
+    assert latencies() == ["12.0", "20.0", "200.0", "failed", NO_RESULT, NO_RESULT]
     assert click(page, "Cost", "PyTorch, ms") == "descending"
-    assert latencies() == ["200.0", "20.0", "12.0", "failed", NO_FIGURE, NO_FIGURE]
+    assert latencies() == ["200.0", "20.0", "12.0", "failed", NO_RESULT, NO_RESULT]
     assert click(page, "Cost", "PyTorch, ms") == "none"
     assert latencies() == before
 
 
-def test_sorting_goes_by_the_value_behind_what_is_shown(page):
+def test_sorting_is_by_the_value_before_rounding(page):
     assert click(page, "Cost", "fit, s") == "ascending"
     shown = {row[0]: row[10].split(" ")[0] for row in rows(page, "Cost")[:3]}
     assert list(shown.items()) == [(HOSTILE, "100.0"), ("DSKD", "100.0"), ("PaDiM", "100.0")]
 
 
-def test_one_heading_at_a_time_says_that_it_sorts(page):
+def test_only_one_heading_has_a_sort_order(page):
     assert click(page, "Accuracy, %", "image AUROC") == "descending"  # the best first
     assert [row[0] for row in rows(page, "Accuracy, %")] == ["PaDiM", "DSKD", HOSTILE, "STFPM"]
     assert click(page, "Accuracy, %", "model") == "ascending"
@@ -190,7 +190,7 @@ def test_one_heading_at_a_time_says_that_it_sorts(page):
     assert [order for order in page.evaluate(sorting) if order not in (None, "none")] == ["ascending"]
 
 
-def test_the_mean_stays_below(page):
+def test_the_mean_stays_below_the_sorted_rows(page):
     title = "Image AUROC by category, %"
     assert click(page, title, "DSKD") == "descending"
     assert click(page, title, "DSKD") == "ascending"
@@ -203,27 +203,27 @@ def test_the_mean_stays_below(page):
 @pytest.mark.parametrize("scheme", ["light", "dark"])
 def test_page_does_not_scroll_sideways(page, width, scheme):
     page.resize(width, phone=width < 500)
-    page.colours(scheme)
+    page.set_color_scheme(scheme)
     page.evaluate("document.querySelectorAll('details').forEach((folded) => { folded.open = true; })")
     assert page.evaluate("document.documentElement.scrollWidth") == width
     assert page.evaluate("document.documentElement.clientWidth") == width
 
 
-def test_schemes_differ_and_both_can_be_read(page):
+def test_both_color_schemes_have_a_high_contrast(page):
     luminances = []
     for scheme in ("light", "dark"):
-        page.colours(scheme)
+        page.set_color_scheme(scheme)
         style = "getComputedStyle(document.body)"
-        colours = page.evaluate(f"[{style}.backgroundColor, {style}.color]")
-        luminances.append([luminance(colour) for colour in colours])
+        colors = page.evaluate(f"[{style}.backgroundColor, {style}.color]")
+        luminances.append([luminance(color) for color in colors])
     (paper, ink), (dark_paper, dark_ink) = luminances
     assert (paper + 0.05) / (ink + 0.05) > 7  # WCAG 2, level AAA
     assert (dark_ink + 0.05) / (dark_paper + 0.05) > 7
 
 
-def luminance(colour: str) -> float:
+def luminance(color: str) -> float:
     """Relative luminance of ``rgb(r, g, b)``, as WCAG 2 defines it."""
-    values = np.array([int(value) for value in colour[4:-1].split(",")]) / 255
+    values = np.array([int(value) for value in color[4:-1].split(",")]) / 255
     linear = np.where(values <= 0.04045, values / 12.92, ((values + 0.055) / 1.055) ** 2.4)
     return float(linear @ [0.2126, 0.7152, 0.0722])
 
@@ -238,9 +238,9 @@ def test_folded_tables_unfold_for_printing(page):
 
 
 def test_nothing_is_fetched_and_the_console_is_silent(page):
-    page.evaluate("new Promise((resolve) => setTimeout(resolve, 200))")  # the last test: what came in until now
-    asked = [e["params"]["request"]["url"] for e in page.events if e["method"] == "Network.requestWillBeSent"]
-    assert asked
-    assert {address.partition(":")[0] for address in asked} == {"file", "data"}
+    page.evaluate("new Promise((resolve) => setTimeout(resolve, 200))")  # the last test: all events of the page
+    requested = [e["params"]["request"]["url"] for e in page.events if e["method"] == "Network.requestWillBeSent"]
+    assert requested
+    assert {address.partition(":")[0] for address in requested} == {"file", "data"}
     kinds = ("Runtime.consoleAPICalled", "Runtime.exceptionThrown", "Log.entryAdded")
     assert [event for event in page.events if event["method"] in kinds] == []

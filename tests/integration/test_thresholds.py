@@ -1,4 +1,4 @@
-"""Training on good images alone, as in a factory that has no defects yet: what the thresholds and scores are then."""
+"""Thresholds and scores of models that are trained and validated on normal images only."""
 
 import warnings
 from pathlib import Path
@@ -43,12 +43,12 @@ def test_predictions_of_the_checkpoint_are_shares_of_twice_the_threshold(
     scores = [score.item() for batch in batches for score in batch.pred_score]
     labels = [bool(label) for batch in batches for label in batch.pred_label]
     expected = np.clip(raw_scores(trained.model, paths) / (2 * threshold), 0, 1)
-    assert min(expected) < 1  # else all would be clamped
+    assert min(expected) < 1  # otherwise all are clamped
     np.testing.assert_allclose(scores, expected, atol=1e-4)
     assert labels == (expected > 1 - IMAGE_SENSITIVITY).tolist()
 
 
-def test_checkpoint_keeps_the_settings_and_arguments_win(trained: Trained):
+def test_checkpoint_has_the_settings_and_arguments_override_them(trained: Trained):
     loaded = Dskd.load_from_checkpoint(trained.checkpoint).post_processor
     assert (loaded.normal_quantile, loaded.image_sensitivity) == (NORMAL_QUANTILE, IMAGE_SENSITIVITY)
     own = NormalQuantilePostProcessor(image_sensitivity=0.3)
@@ -57,7 +57,7 @@ def test_checkpoint_keeps_the_settings_and_arguments_win(trained: Trained):
     assert given.image_threshold == loaded.image_threshold == trained.model.post_processor.image_threshold
 
 
-def test_checkpoints_from_before_the_quantile_load(trained: Trained, tmp_path: Path):
+def test_checkpoints_without_a_quantile_load(trained: Trained, tmp_path: Path):
     contents = torch.load(trained.checkpoint, weights_only=True)
     del contents["anomalib_post_processor_config"]["normal_quantile"]
     torch.save(contents, tmp_path / "old.ckpt")

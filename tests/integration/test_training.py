@@ -93,8 +93,8 @@ def wait_for_saves(number: int, folder: Path, process: BaseProcess) -> None:
 
 def slow_disk() -> None:
     """Let each checkpoint take half a second to reach the disk."""
-    synchronise = os.fsync
-    os.fsync = lambda file: (time.sleep(0.5), synchronise(file))[1]
+    synchronize = os.fsync
+    os.fsync = lambda file: (time.sleep(0.5), synchronize(file))[1]
 
 
 def test_two_runs_and_worker_processes_give_the_same_weights(fit, through, tmp_path):
@@ -179,7 +179,7 @@ def small_disk(through, tmp_path: Path) -> Iterator[Path]:
 def test_a_full_disk_leaves_the_checkpoint_before(fit, small_disk, tmp_path):
     printed = run(*fit, "--default_root_dir", small_disk, folder=tmp_path, fails=True)
     assert "CheckpointError: the checkpoint '" in printed
-    assert "cannot be written: No space left on device. The one from before is kept" in printed
+    assert "cannot be written: No space left on device. The previous one is unchanged" in printed
     assert loaded(small_disk)["epoch"] == 0
     assert not list(small_disk.rglob("*.part"))
 
@@ -188,13 +188,13 @@ def diverge_later() -> None:
     """Let the loss of one process, or of the second of two, be no number from the fifth batch on."""
     forward, calls = DskdLoss.forward, []
 
-    def spoilt(self, teacher, students):
+    def non_finite(self, teacher, students):
         calls.append(None)
         losses = forward(self, teacher, students)
         is_meant = os.environ.get("LOCAL_RANK", "1") == "1" and len(calls) > 4
         return {name: loss * torch.nan if is_meant else loss for name, loss in losses.items()}
 
-    DskdLoss.forward = spoilt
+    DskdLoss.forward = non_finite
     report = DivergedError.__init__
 
     def reported(self, message):
@@ -217,14 +217,14 @@ def overflow_later() -> None:
     """Let the last step of the second epoch make a weight infinite: no loss is computed with it before it is saved."""
     step, calls = torch.optim.Adam.step, []
 
-    def spoilt(self, closure=None):
+    def non_finite(self, closure=None):
         calls.append(None)
         loss = step(self, closure)
         if len(calls) == 4:
             self.param_groups[0]["params"][-1].data[0] = torch.inf
         return loss
 
-    torch.optim.Adam.step = spoilt
+    torch.optim.Adam.step = non_finite
 
 
 @pytest.mark.parametrize("validation", [[], ["--trainer.limit_val_batches", "0"]], ids=["validated", "not validated"])
@@ -287,10 +287,10 @@ def assert_learnt_the_same(folder: Path, losses: list[float], state: dict) -> No
         logged = [float(row["train_loss"]) for row in csv.DictReader(file) if row["train_loss"]]
     assert logged == pytest.approx(losses, rel=1e-4)
     (path,) = checkpoints(folder)
-    learnt = torch.load(path, weights_only=False)["state_dict"]
+    learned = torch.load(path, weights_only=False)["state_dict"]
     for name, values in state.items():
         if isinstance(values, torch.Tensor) and values.is_floating_point():
-            torch.testing.assert_close(learnt[name], values, rtol=1e-3, atol=1e-4, msg=name)
+            torch.testing.assert_close(learned[name], values, rtol=1e-3, atol=1e-4, msg=name)
 
 
 def test_two_processes_learn_and_average_what_one_does(fit, magnetic_tile_root, teacher_weights, tmp_path):

@@ -14,7 +14,7 @@ LARGEST = 6.6
 
 @pytest.fixture
 def batches() -> list[ImageBatch]:
-    """Maps and scores from 0 to 6.6, some above and some below 1, in batches that differ in that."""
+    """Maps and scores: up to 6.6 in some batches, below 1 in others."""
     random = np.random.default_rng(0)
     made = []
     for index in range(4):
@@ -45,7 +45,7 @@ def evaluate(
 
 
 def narrow_post_processor() -> PostProcessor:
-    """Normalisation learnt on scores from 0 to 1: everything above is clamped to 1."""
+    """Normalization for scores from 0 to 1: all larger scores are clamped to 1."""
     post_processor = PostProcessor()
     for name in ("image", "pixel"):
         getattr(post_processor, f"{name}_min").fill_(0.0)
@@ -54,18 +54,18 @@ def narrow_post_processor() -> PostProcessor:
     return post_processor
 
 
-def test_figures_equal_scikit_learns_and_a_plain_aupros_on_raw_scores(batches):
+def test_metrics_equal_scikit_learns_and_a_plain_aupros_on_raw_scores(batches):
     scores = np.concatenate([batch.pred_score.numpy() for batch in batches])
     labels = np.concatenate([batch.gt_label.numpy() for batch in batches])
     maps = np.concatenate([batch.anomaly_map.numpy() for batch in batches])
     masks = np.concatenate([batch.gt_mask.numpy() for batch in batches])
-    figures = evaluate(RawScoreEvaluator(), batches, narrow_post_processor())
-    assert figures["image_AUROC"] == pytest.approx(roc_auc_score(labels, scores), abs=1e-4)
-    assert figures["pixel_AUROC"] == pytest.approx(roc_auc_score(masks.ravel(), maps.ravel()), abs=1e-4)
-    assert figures["pixel_AUPRO"] == pytest.approx(plain_aupro(maps, masks), abs=1e-4)
+    metrics = evaluate(RawScoreEvaluator(), batches, narrow_post_processor())
+    assert metrics["image_AUROC"] == pytest.approx(roc_auc_score(labels, scores), abs=1e-4)
+    assert metrics["pixel_AUROC"] == pytest.approx(roc_auc_score(masks.ravel(), maps.ravel()), abs=1e-4)
+    assert metrics["pixel_AUPRO"] == pytest.approx(plain_aupro(maps, masks), abs=1e-4)
 
 
-def test_raw_scores_are_shares_of_the_largest_and_rounding_errors_are_cut(batches):
+def test_raw_scores_are_divided_by_the_largest_and_rounding_errors_are_clipped(batches):
     values = torch.tensor([[-0.001], [0.5], [2.0], [2.001]])
     predictions = InferenceBatch(pred_score=values, anomaly_map=values.view(4, 1, 1, 1))
     keep_raw_scores(batches[0], predictions, largest=2.0)
@@ -78,12 +78,12 @@ def test_f1_is_that_of_the_thresholds(batches):
     truth = torch.cat([batch.gt_label for batch in batches]).bool()
     predicted = scores > 0.5
     expected = 2 * (predicted & truth).sum() / (predicted.sum() + truth.sum())
-    figures = evaluate(RawScoreEvaluator(), batches, narrow_post_processor())
-    assert figures["image_F1Score"] == pytest.approx(expected.item(), abs=1e-6)
+    metrics = evaluate(RawScoreEvaluator(), batches, narrow_post_processor())
+    assert metrics["image_F1Score"] == pytest.approx(expected.item(), abs=1e-6)
 
 
-def test_anomalibs_own_figure_still_suffers_from_clamping(batches):
-    """Where this fails, anomalib measures unclamped scores, and `keep_raw_scores` can go."""
+def test_anomalibs_own_metric_still_suffers_from_clamping(batches):
+    """If this fails, anomalib evaluates unclamped scores, and `keep_raw_scores` can be removed."""
     scores = np.concatenate([batch.pred_score.numpy() for batch in batches])
     labels = np.concatenate([batch.gt_label.numpy() for batch in batches])
     clamped, post_processor = AUROC(fields=["pred_score", "gt_label"]), narrow_post_processor()
@@ -94,16 +94,16 @@ def test_anomalibs_own_figure_still_suffers_from_clamping(batches):
 
 
 @pytest.mark.filterwarnings("ignore:The ``compute`` method of metric")
-def test_pixel_figures_are_left_out_without_masks(batches):
+def test_pixel_metrics_are_omitted_without_masks(batches):
     for batch in batches:
         batch.gt_mask = None
-    figures = evaluate(RawScoreEvaluator(), batches, narrow_post_processor())
-    assert figures["pixel_AUROC"] is None
-    assert figures["pixel_AUPRO"] is None
-    assert figures["image_AUROC"] is not None
+    metrics = evaluate(RawScoreEvaluator(), batches, narrow_post_processor())
+    assert metrics["pixel_AUROC"] is None
+    assert metrics["pixel_AUPRO"] is None
+    assert metrics["image_AUROC"] is not None
 
 
-def test_validation_figures_are_computed_on_request():
+def test_validation_metrics_are_computed_on_request():
     assert len(RawScoreEvaluator().val_metrics) == 0
     names = [metric.name for metric in RawScoreEvaluator(validation=True).val_metrics]
     assert names == ["image_AUROC", "pixel_AUROC", "pixel_AUPRO"]

@@ -13,14 +13,14 @@ from anomalib_dskd.post_processing import NormalQuantilePostProcessor
 from tests.conftest import TEACHER
 
 RANDOM = np.random.default_rng(0)
-GOOD_MAPS = RANDOM.gamma(4, 0.05, size=(40, 8, 8)).astype(np.float32)
-GOOD_SCORES = GOOD_MAPS.max(axis=(1, 2))
+NORMAL_MAPS = RANDOM.gamma(4, 0.05, size=(40, 8, 8)).astype(np.float32)
+NORMAL_SCORES = NORMAL_MAPS.max(axis=(1, 2))
 BUFFERS = ("_image_threshold", "_pixel_threshold", "image_min", "image_max", "pixel_min", "pixel_max")
 NO_DEFECTS_WARNING = "does not contain any anomalous images"
 
 
 def batches(maps, labels=None, masks=None, *, size=16):
-    """Batches as validation gives them: maps ``(N, 8, 8)``, their largest values as scores ``(N, 1)``."""
+    """Validation batches from maps ``(N, 8, 8)``; the scores ``(N, 1)`` are their largest values."""
     for start in range(0, len(maps), size):
         part = slice(start, start + size)
         some = torch.from_numpy(maps[part])
@@ -40,13 +40,13 @@ def validated(post_processor, maps, labels=None, masks=None):
     return post_processor
 
 
-def good_alone(post_processor=None, maps=GOOD_MAPS, *, with_masks=True):
+def normal_only(post_processor=None, maps=NORMAL_MAPS, *, with_masks=True):
     masks = np.zeros(maps.shape, dtype=bool) if with_masks else None
     return validated(post_processor or NormalQuantilePostProcessor(), maps, np.zeros(len(maps), dtype=bool), masks)
 
 
 def with_defects():
-    maps, labels, masks = GOOD_MAPS.copy(), np.zeros(40, dtype=bool), np.zeros(GOOD_MAPS.shape, dtype=bool)
+    maps, labels, masks = NORMAL_MAPS.copy(), np.zeros(40, dtype=bool), np.zeros(NORMAL_MAPS.shape, dtype=bool)
     labels[::3] = True
     masks[::3, 2:5, 2:5] = True
     maps[masks] += 0.3
@@ -57,59 +57,59 @@ def values(post_processor):
     return {name: getattr(post_processor, name).item() for name in BUFFERS}
 
 
-def test_with_defects_it_is_anomalibs():
+def test_with_anomalous_images_thresholds_are_anomalibs():
     ours, theirs = (validated(kind(), *with_defects()) for kind in (NormalQuantilePostProcessor, PostProcessor))
     assert values(ours) == values(theirs)
     assert not any(np.isnan(value) for value in values(ours).values())
 
 
-# When this fails, anomalib has something better than the largest score, and ours may no longer be needed.
-def test_anomalib_still_takes_the_largest_good_score(caplog):
+# If this fails, anomalib no longer takes the largest score, and our post-processor may no longer be needed.
+def test_anomalib_still_takes_the_largest_normal_score(caplog):
     caplog.set_level(logging.WARNING)
-    theirs = good_alone(PostProcessor())
-    assert theirs.image_threshold.item() == GOOD_SCORES.max()
+    theirs = normal_only(PostProcessor())
+    assert theirs.image_threshold.item() == NORMAL_SCORES.max()
     assert NO_DEFECTS_WARNING in caplog.text
 
 
 @pytest.mark.parametrize("quantile", [0.5, 0.9, 0.95, 1.0])
-def test_with_good_images_alone_the_threshold_is_their_quantile(quantile, caplog):
+def test_with_normal_images_only_the_threshold_is_their_quantile(quantile, caplog):
     caplog.set_level(logging.WARNING)
-    ours = good_alone(NormalQuantilePostProcessor(normal_quantile=quantile))
-    expected = np.quantile(GOOD_SCORES, quantile)
+    ours = normal_only(NormalQuantilePostProcessor(normal_quantile=quantile))
+    expected = np.quantile(NORMAL_SCORES, quantile)
     assert ours.image_threshold.item() == pytest.approx(expected, rel=1e-6)
     assert ours.pixel_threshold.item() == pytest.approx(expected, rel=1e-6)  # of the images, not of the pixels
     assert not caplog.text
-    called = ours(InferenceBatch(pred_score=torch.from_numpy(GOOD_SCORES)[:, None], anomaly_map=None))
-    assert called.pred_label.sum() == np.ceil(39 * (1 - quantile))  # those beyond the quantile
+    predictions = ours(InferenceBatch(pred_score=torch.from_numpy(NORMAL_SCORES)[:, None], anomaly_map=None))
+    assert predictions.pred_label.sum() == np.ceil(39 * (1 - quantile))  # those above the quantile
 
 
-def test_a_normalised_score_is_the_share_of_twice_the_threshold():
-    ours = good_alone()
-    threshold = np.quantile(GOOD_SCORES, 0.95)
+def test_a_normalized_score_is_the_share_of_twice_the_threshold():
+    ours = normal_only()
+    threshold = np.quantile(NORMAL_SCORES, 0.95)
     scores = torch.tensor([0.0, 0.5, 1.0, 1.2, 1.9, 3.0])[:, None] * threshold
     maps = scores[:, None, None].expand(6, 1, 2, 2)
     result = ours(InferenceBatch(pred_score=scores, anomaly_map=maps))
     expected = [0.0, 0.25, 0.5, 0.6, 0.95, 1.0]
     assert result.pred_score.flatten().tolist() == pytest.approx(expected, abs=1e-6)
     assert result.anomaly_map[:, 0, 0, 0].tolist() == pytest.approx(expected, abs=1e-6)
-    # the third is the threshold itself, on which rounding decides
+    # the third equals the threshold, where rounding determines the label
     assert result.pred_label.flatten()[[0, 1, 3, 4, 5]].tolist() == [False, False, True, True, True]
     assert torch.equal(result.pred_mask[:, 0, 0, 0], result.pred_label.flatten())
 
 
-def test_good_images_that_are_not_called_defective_have_no_outlines():
-    ours = good_alone()
-    (batch,) = batches(GOOD_MAPS, size=40)
+def test_images_that_are_predicted_normal_have_empty_masks():
+    ours = normal_only()
+    (batch,) = batches(NORMAL_MAPS, size=40)
     ours.post_process_batch(batch)
     assert torch.equal(batch.pred_mask.flatten(1).any(dim=1), batch.pred_label)
     assert batch.pred_label.sum() == 2
 
 
-def test_one_odd_image_among_the_good_ones_does_not_decide():
-    odd = GOOD_MAPS.copy()
-    odd[7] += 5
-    before, after = good_alone(), good_alone(maps=odd)
-    theirs = good_alone(PostProcessor(), maps=odd)
+def test_one_outlier_among_the_normal_images_does_not_determine_the_threshold():
+    maps = NORMAL_MAPS.copy()
+    maps[7] += 5
+    before, after = normal_only(), normal_only(maps=maps)
+    theirs = normal_only(PostProcessor(), maps=maps)
     assert after.image_threshold < 1.1 * before.image_threshold
     assert theirs.image_threshold > 5 * before.image_threshold
     defect = InferenceBatch(pred_score=torch.tensor([[1.5 * before.image_threshold]]), anomaly_map=None)
@@ -117,15 +117,15 @@ def test_one_odd_image_among_the_good_ones_does_not_decide():
     assert not theirs(defect).pred_label
 
 
-def test_without_masks_maps_are_treated_as_scores_are():
-    with_masks, without = good_alone(), good_alone(with_masks=False)
+def test_without_masks_maps_are_normalized_like_scores():
+    with_masks, without = normal_only(), normal_only(with_masks=False)
     assert without._pixel_threshold.isnan()
     assert without.pixel_threshold == without.image_threshold == with_masks.image_threshold
     for name in ("image_min", "image_max", "pixel_min", "pixel_max"):
         assert getattr(without, name) == getattr(with_masks, name)
 
 
-def test_defects_with_empty_masks_do_not_set_the_pixels_threshold():
+def test_anomalous_images_with_empty_masks_do_not_set_the_pixel_threshold():
     maps, labels, masks = with_defects()
     ours = validated(NormalQuantilePostProcessor(), maps, labels, np.zeros_like(masks))
     theirs = validated(PostProcessor(), maps, labels, np.zeros_like(masks))
@@ -134,42 +134,42 @@ def test_defects_with_empty_masks_do_not_set_the_pixels_threshold():
     assert ours.pixel_threshold.item() == pytest.approx(np.quantile(maps.max(axis=(1, 2)), 0.95), rel=1e-6)
 
 
-def test_without_labels_it_is_anomalibs():
-    ours, theirs = (validated(kind(), GOOD_MAPS) for kind in (NormalQuantilePostProcessor, PostProcessor))
+def test_without_labels_thresholds_are_anomalibs():
+    ours, theirs = (validated(kind(), NORMAL_MAPS) for kind in (NormalQuantilePostProcessor, PostProcessor))
     assert str(values(ours)) == str(values(theirs))  # NaN is NaN
 
 
-def test_scores_that_can_be_negative_keep_anomalibs_range():
-    ours, theirs = (good_alone(kind(), GOOD_MAPS - 1) for kind in (NormalQuantilePostProcessor, PostProcessor))
+def test_scores_that_can_be_negative_have_anomalibs_range():
+    ours, theirs = (normal_only(kind(), NORMAL_MAPS - 1) for kind in (NormalQuantilePostProcessor, PostProcessor))
     assert (ours.image_min, ours.image_max) == (theirs.image_min, theirs.image_max)
     assert ours.image_threshold < theirs.image_threshold
 
 
-def test_a_later_validation_sets_everything_anew():
-    ours = validated(good_alone(), *with_defects())
+def test_a_later_validation_sets_everything_again():
+    ours = validated(normal_only(), *with_defects())
     assert values(ours) == values(validated(PostProcessor(), *with_defects()))
-    assert values(good_alone(ours)) == values(good_alone())
+    assert values(normal_only(ours)) == values(normal_only())
 
 
-def test_what_is_switched_off_stays_off():
-    raw = good_alone(NormalQuantilePostProcessor(enable_normalization=False))
+def test_disabled_steps_stay_disabled():
+    raw = normal_only(NormalQuantilePostProcessor(enable_normalization=False))
     assert raw.image_min.isnan()
     scores = InferenceBatch(pred_score=torch.tensor([[0.123]]), anomaly_map=None)
     assert raw(scores).pred_score.item() == pytest.approx(0.123)
-    unlabelled = good_alone(NormalQuantilePostProcessor(enable_thresholding=False))
-    assert unlabelled.image_threshold.isnan()
-    assert unlabelled(scores).pred_label is None
+    unlabeled = normal_only(NormalQuantilePostProcessor(enable_thresholding=False))
+    assert unlabeled.image_threshold.isnan()
+    assert unlabeled(scores).pred_label is None
 
 
 @pytest.mark.parametrize(("sensitivity", "factor"), [(0.25, 1.5), (0.4, 1.2), (0.6, 0.8)])
-def test_sensitivity_moves_the_decision(sensitivity, factor):
-    ours = good_alone(NormalQuantilePostProcessor(image_sensitivity=sensitivity))
-    decision = factor * np.quantile(GOOD_SCORES, 0.95)
+def test_sensitivity_moves_the_decision_threshold(sensitivity, factor):
+    ours = normal_only(NormalQuantilePostProcessor(image_sensitivity=sensitivity))
+    decision = factor * np.quantile(NORMAL_SCORES, 0.95)
     scores = torch.tensor([[0.99 * decision], [1.01 * decision]], dtype=torch.float32)
     assert ours(InferenceBatch(pred_score=scores, anomaly_map=None)).pred_label.flatten().tolist() == [False, True]
 
 
-def test_settings_are_the_given_ones_then_the_checkpoints():
+def test_given_settings_override_those_of_the_checkpoint():
     trained = NormalQuantilePostProcessor(image_sensitivity=0.7, normal_quantile=0.9).checkpoint_config()
     assert trained["normal_quantile"] == 0.9
     default, given = NormalQuantilePostProcessor(), NormalQuantilePostProcessor(image_sensitivity=0.2)
@@ -179,12 +179,12 @@ def test_settings_are_the_given_ones_then_the_checkpoints():
     assert (given.image_sensitivity, given.pixel_sensitivity, given.normal_quantile) == (0.2, 0.5, 0.9)
     theirs = PostProcessor(image_sensitivity=0.2)
     theirs.load_checkpoint_config(trained)
-    assert theirs.image_sensitivity == 0.7  # anomalib's own forgets what it was given
-    assert good_alone(default).image_threshold.item() == pytest.approx(np.quantile(GOOD_SCORES, 0.9), rel=1e-6)
+    assert theirs.image_sensitivity == 0.7  # anomalib's post-processor takes the checkpoint's value
+    assert normal_only(default).image_threshold.item() == pytest.approx(np.quantile(NORMAL_SCORES, 0.9), rel=1e-6)
 
 
 def test_checkpoints_of_anomalibs_post_processor_load():
-    theirs, ours = good_alone(PostProcessor(image_sensitivity=0.7)), NormalQuantilePostProcessor()
+    theirs, ours = normal_only(PostProcessor(image_sensitivity=0.7)), NormalQuantilePostProcessor()
     assert ours.state_dict().keys() == theirs.state_dict().keys()
     ours.load_state_dict(theirs.state_dict())
     ours.load_checkpoint_config(theirs.checkpoint_config())
@@ -193,12 +193,13 @@ def test_checkpoints_of_anomalibs_post_processor_load():
 
 
 @pytest.mark.parametrize(("images", "quantile", "needed"), [(19, 0.95, 20), (40, 0.99, 100), (20, 0.95, None)])
-def test_too_few_good_images_are_told_once(images, quantile, needed, caplog):
+def test_too_few_normal_images_are_warned_of_once(images, quantile, needed, caplog):
     caplog.set_level(logging.WARNING)
     ours = NormalQuantilePostProcessor(normal_quantile=quantile)
     for _ in range(2):
-        good_alone(ours, GOOD_MAPS[:images])
-    expected = [] if needed is None else [f"validation has {images} good images and no defects: .* {needed} or more"]
+        normal_only(ours, NORMAL_MAPS[:images])
+    warning = f"validation has {images} normal images and no anomalous ones: .* {needed} or more"
+    expected = [] if needed is None else [warning]
     assert len(caplog.messages) == len(expected)
     for message, pattern in zip(caplog.messages, expected, strict=True):
         assert re.search(pattern, message)
@@ -211,7 +212,7 @@ def test_values_out_of_range_are_refused(name, value):
         NormalQuantilePostProcessor(**{name: value})
 
 
-def test_models_have_it_by_default():
+def test_models_use_it_by_default():
     assert isinstance(Dskd(teacher=TEACHER).post_processor, NormalQuantilePostProcessor)
     assert Dskd(teacher=TEACHER, post_processor=False).post_processor is None
     own = PostProcessor(image_sensitivity=0.3)

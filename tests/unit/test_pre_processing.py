@@ -26,7 +26,7 @@ def photograph(height: int, width: int) -> Tensor:
         ("darknet17", IMAGENET_MEAN, IMAGENET_STD),  # timm has no weights for it
     ],
 )
-def test_mean_and_deviation_are_those_of_the_teachers_training(teacher: str, mean: list[float], std: list[float]):
+def test_mean_and_std_are_those_of_the_teachers_pretraining(teacher: str, mean: list[float], std: list[float]):
     _, normalize = create_pre_processor(teacher, (64, 64)).transform.transforms
     assert isinstance(normalize, Normalize)
     assert list(normalize.mean) == mean

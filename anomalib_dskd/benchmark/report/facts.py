@@ -1,112 +1,101 @@
-"""What a report says beside its figures: what was compared, with what, and what failed."""
+"""Facts about a benchmark run: settings, weights, machines, failures, notes, and a summary of the run."""
 
-import json
 from collections import Counter
 from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import fields
 from typing import Any
 
-from anomalib_dskd.benchmark.report.sections import DataSet
-from anomalib_dskd.benchmark.report.tables import NOT_MEASURED, Cell, Column, Record, Table, values_of
+from anomalib_dskd.benchmark.job_result import JobResult, Machine
+from anomalib_dskd.benchmark.report.data_set import DataSet
+from anomalib_dskd.benchmark.report.tables import NOT_MEASURED, Cell, Column, Table, list_values
 
-__all__ = [
-    "facts_of",
-    "failure_table",
-    "machine_table",
-    "note_table",
-    "settings_table",
-    "weights_table",
-]
+__all__ = ["failure_table", "list_facts", "machine_table", "note_table", "settings_table", "weights_table"]
 
 
-def failure_table(records: Iterable[Record]) -> Table | None:
-    """List the jobs that failed, with their reasons."""
-    rows = [
-        [
-            Cell(str(r.get(name) if r.get(name) is not None else ""))
-            for name in ("model", "data", "category", "seed", "reason")
-        ]
-        for r in records
-        if r["status"] == "failed"
-    ]
-    columns = [Column(name, is_text=True) for name in ("model", "data", "category", "seed", "reason")]
-    return Table("Failed jobs", columns, rows) if rows else None
+def failure_table(results: Iterable[JobResult]) -> Table | None:
+    """List the failed jobs and the reasons."""
+    names = ("model", "data", "category", "seed", "reason")
+    failed = [[getattr(result, name) for name in names] for result in results if result.status == "failed"]
+    rows = [[Cell("" if value is None else str(value)) for value in values] for values in failed]
+    return Table("Failed jobs", _text_columns(*names), rows) if rows else None
 
 
 def settings_table(data: Iterable[DataSet]) -> Table:
-    """List what was compared."""
+    """List the settings of each model on each data set."""
     names = ("class_path", "init_args", "epochs", "epochs_source", "image_size", "precision", "accelerator", "seed")
     headings = ("data", "model", "class", "arguments", "epochs", "epochs from", "image size", "precision", "device")
-    columns = [Column(name, is_text=True) for name in (*headings, "seeds", "jobs done")]
     rows = []
     for data_set in data:
         for model in data_set.models:
-            records = data_set.of(model)
-            done = sum(record["status"] == "done" for record in records)
-            values = [Cell(values_of(records, name)) for name in names]
-            rows.append([Cell(data_set.name), Cell(model), *values, Cell(f"{done} of {len(records)}", done)])
+            results = data_set.of(model)
+            done = sum(result.status == "done" for result in results)
+            values = [Cell(list_values(results, name)) for name in names]
+            rows.append([Cell(data_set.name), Cell(model), *values, Cell(f"{done} of {len(results)}", done)])
     note = (
-        "Precision is that of training in epochs; all else is done in 32-bit floating point, but for what an INT8 "
-        "export leaves unquantised: there OpenVINO chooses, as it does for its users."
+        "Precision is that of the training of models that train in epochs. Everything else runs in FP32, except layers "
+        "that an INT8 export leaves unquantized, whose precision OpenVINO chooses as it does by default."
     )
-    return Table("Settings", columns, rows, notes=[note])
+    return Table("Settings", _text_columns(*headings, "seeds", "jobs done"), rows, notes=[note])
 
 
-def weights_table(records: Iterable[Record]) -> Table | None:
+def weights_table(results: Iterable[JobResult]) -> Table | None:
     """List the files of pretrained weights."""
-    files = Counter(
-        tuple(str(weights.get(name) or NOT_MEASURED) for name in ("name", "file", "sha256"))
-        for record in records
-        for weights in record.get("weights") or []
+    return _count_table(
+        "Pretrained weights",
+        ("weights", "file", "SHA-256"),
+        ((w.name, w.file, w.sha256 or NOT_MEASURED) for result in results for w in result.weights),
     )
-    columns = [Column(name, is_text=True) for name in ("weights", "file", "SHA-256")]
-    rows = [[*map(Cell, file), Cell(str(count), count)] for file, count in files.items()]
-    return Table("Pretrained weights", [*columns, Column("jobs")], rows) if rows else None
 
 
-def machine_table(records: Iterable[Record]) -> Table | None:
-    """Describe the machines and versions."""
-    machines = Counter(json.dumps(r["machine"], sort_keys=False) for r in records if r.get("machine"))
-    described = [json.loads(machine) for machine in machines]
-    names = list(dict.fromkeys(name for machine in described for name in machine))
-    rows = [[Cell(name), *(Cell(str(m.get(name) or NOT_MEASURED)) for m in described)] for name in names]
+def note_table(results: Iterable[JobResult]) -> Table | None:
+    """List the notes of jobs, such as measurements that failed."""
+    notes = ((result.model, result.data, note) for result in results for note in result.notes)
+    return _count_table("Notes", ("model", "data", "note"), notes)
+
+
+def machine_table(results: Iterable[JobResult]) -> Table | None:
+    """Describe the machines and the versions of packages."""
+    machines = Counter(result.machine for result in results if result.status == "done")
+    names = sorted(field.name for field in fields(Machine))
+    rows = [[Cell(name), *(Cell(str(getattr(m, name) or NOT_MEASURED)) for m in machines)] for name in names]
     headings = [f"{number} ({count} jobs)" for number, count in enumerate(machines.values(), start=1)]
-    columns = [Column(name, is_text=True) for name in ("machine", *headings)]
-    return Table("Machines and versions", columns, rows) if rows else None
+    return Table("Machines and versions", _text_columns("machine", *headings), rows) if machines else None
 
 
-def note_table(records: Iterable[Record]) -> Table | None:
-    """List what a job could not measure."""
-    notes = Counter((r["model"], r["data"], str(note)) for r in records for note in r.get("notes") or [])
-    rows = [[*map(Cell, note), Cell(str(count), count)] for note, count in notes.items()]
-    columns = [Column(name, is_text=True) for name in ("model", "data", "note")]
-    return Table("What could not be measured", [*columns, Column("jobs")], rows) if rows else None
-
-
-def facts_of(records: Sequence[Record], plan: Sequence[Mapping[str, Any]]) -> list[tuple[str, str]]:
-    """Return what to know before any figure, as pairs of a name and a text.
+def list_facts(results: Sequence[JobResult], plan: Sequence[Mapping[str, Any]]) -> list[tuple[str, str]]:
+    """Summarize a run as pairs of a name and a text.
 
     Args:
-        records: the latest result of each job that has one.
+        results: the latest result of each job that has one.
         plan: all jobs; empty if they are not known.
     """
-    ended = {record["job"] for record in records}
-    missing = [job for job in plan if job["job"] not in ended]
-    status = Counter(record["status"] for record in records)
-    times = sorted(
-        str(r[name])[:16].replace("T", " ") for r in records for name in ("started", "finished") if r.get(name)
-    )
-    machines = [record["machine"] for record in records if record.get("machine")]
-    weights = {f"{file['name']} from {file['file']}" for r in records for file in r.get("weights") or []}
+    ended = {result.job for result in results}
+    missing = Counter(job["model"] for job in plan if job["job"] not in ended)
+    status = Counter(result.status for result in results)
+    times = sorted(time[:16].replace("T", " ") for r in results for time in (r.started, r.finished) if time)
+    machines = [result.machine for result in results if result.status == "done"]
+    weights = {f"{weights.name} from {weights.file}" for result in results for weights in result.weights}
+    to_do = f", {missing.total()} to do" if missing else ""
     facts = {
-        "jobs": f"{status['done']} done, {status['failed']} failed" + (f", {len(missing)} to do" if missing else ""),
-        "to do": ", ".join(f"{model} ({count})" for model, count in Counter(job["model"] for job in missing).items()),
-        "models": ", ".join(dict.fromkeys(record["model"] for record in records)),
-        "data": ", ".join(dict.fromkeys(record["data"] for record in records)),
-        "seeds": values_of(records, "seed"),
-        "epochs": values_of(records, "epochs"),
+        "jobs": f"{status['done']} done, {status['failed']} failed{to_do}",
+        "to do": ", ".join(f"{model} ({count})" for model, count in missing.items()),
+        "models": ", ".join(dict.fromkeys(result.model for result in results)),
+        "data": ", ".join(dict.fromkeys(result.data for result in results)),
+        "seeds": list_values(results, "seed"),
+        "epochs": list_values(results, "epochs"),
         "run": " to ".join(dict.fromkeys((times[0], times[-1]))) + " UTC" if times else "",
-        "processor": "; ".join(dict.fromkeys(f"{m.get('cpu')}, {m.get('cores')} cores" for m in machines)),
-        "weights": ", ".join(sorted(weights)) or "each model's own, which may differ from one another",
-        "commit": ", ".join(dict.fromkeys(str(m["commit"]) for m in machines if m.get("commit"))),
+        "processor": "; ".join(dict.fromkeys(f"{machine.cpu}, {machine.cores} cores" for machine in machines)),
+        "weights": ", ".join(sorted(weights)) or "each model's default, which may differ between models",
+        "commit": ", ".join(dict.fromkeys(machine.commit for machine in machines if machine.commit)),
     }
     return [(name, text or NOT_MEASURED) for name, text in facts.items() if text or name != "to do"]
+
+
+def _text_columns(*labels: str) -> list[Column]:
+    return [Column(label, is_text=True) for label in labels]
+
+
+def _count_table(title: str, headings: Sequence[str], rows: Iterable[tuple[str, ...]]) -> Table | None:
+    """List different rows, and the number of jobs with each."""
+    counts = [[*map(Cell, row), Cell(str(count), count)] for row, count in Counter(rows).items()]
+    return Table(title, [*_text_columns(*headings), Column("jobs")], counts) if counts else None

@@ -1,8 +1,8 @@
-"""The figures of the DSKD paper's tables 1 to 9, and which rows of a run they stand beside.
+"""Results published in tables 1 to 9 of the DSKD paper, and the models and data sets that they belong to.
 
 Yao and Gao: "Dual-Student Knowledge Distillation Networks for Unsupervised Anomaly Detection", arXiv:2402.00448
-(2024). Kept are the methods that anomalib has too, in percent as printed: ``Dskd`` ("Ours"), ``Padim``, ``Stfpm``
-("STPM") and ``Patchcore``, under their class names; categories are named as anomalib names them.
+(2024). The tables here hold the methods that anomalib implements, under their class names: ``Dskd`` ("Ours"),
+``Padim``, ``Stfpm`` ("STPM") and ``Patchcore``. Values are in percent as printed; categories have anomalib's names.
 """
 
 from collections.abc import Collection, Mapping
@@ -15,9 +15,9 @@ __all__ = [
     "TABLE_6",
     "Ablation",
     "Benchmark",
-    "ablation_of",
-    "benchmark_of",
-    "method_of",
+    "find_ablation",
+    "find_benchmark",
+    "find_method",
 ]
 
 CITATION = (
@@ -33,14 +33,14 @@ METRICS: Final = ("image_AUROC", "pixel_AUROC", "AUPRO")
 
 @dataclass(frozen=True)
 class Benchmark:
-    """The paper's figures on one data set.
+    """The paper's results on one data set.
 
     Args:
         name: of the data set, in the paper.
-        tables: the paper's table of each metric.
-        image_size: height and width that it trained at (section 4.1.2).
-        means: method to its three figures over the whole data set, as printed.
-        categories: method to category to its three figures; empty for data without categories.
+        tables: number of the paper's table by metric.
+        image_size: height and width of the training images (section 4.1.2).
+        means: results over the whole data set by method, as printed.
+        categories: results by method and category; empty for data without categories.
     """
 
     name: str
@@ -49,21 +49,21 @@ class Benchmark:
     means: Mapping[str, Triple]
     categories: Mapping[str, Mapping[str, Triple]]
 
-    def figure(self, method: str | None, metric: str, category: str) -> float | None:
-        """Return a figure of one category, in percent, or None where the paper has none."""
+    def result(self, method: str | None, metric: str, category: str) -> float | None:
+        """Return the result of one category, in percent, or None if the paper has none."""
         triple = self.categories.get(method or "", {}).get(category)
         return None if triple is None else triple[METRICS.index(metric)]
 
     def mean(self, method: str | None, metric: str, categories: Collection[str]) -> float | None:
-        """Return the mean over exactly these categories, in percent, or None where the paper lacks one of them.
+        """Return the mean over exactly these categories, in percent, or None if the paper lacks one of them.
 
-        Over all of its categories, and for data without any, it is the mean that the paper prints.
+        For all categories of the paper, and for data without categories, this is the mean that the paper prints.
         """
         if set(categories) == self.all_categories or not self.all_categories:
             return self.means.get(method or "", (None, None, None))[METRICS.index(metric)]
-        figures = [self.figure(method, metric, category) for category in categories]
-        known = [figure for figure in figures if figure is not None]
-        return sum(known) / len(known) if known and len(known) == len(figures) else None
+        results = [self.result(method, metric, category) for category in categories]
+        known = [result for result in results if result is not None]
+        return sum(known) / len(known) if known and len(known) == len(results) else None
 
     @property
     def all_categories(self) -> set[str]:
@@ -76,17 +76,17 @@ def _by_method(
     image: Mapping[str, tuple[float, ...]],
     pixel: Mapping[str, tuple[tuple[float, float], ...]],
 ) -> dict[str, dict[str, Triple]]:
-    """Turn the paper's two tables, category by method, into method to category to three figures.
+    """Convert the paper's two tables, with one row per category, to results by method and category.
 
-    The second table may have fewer methods than the first; it has the last ones of ``methods``.
+    The second table may have fewer methods than the first: the last ones of ``methods``.
     """
-    figures: dict[str, dict[str, Triple]] = {method: {} for method in methods}
+    results: dict[str, dict[str, Triple]] = {method: {} for method in methods}
     for category, row in image.items():
         pairs: list[tuple[float | None, float | None]] = [*pixel[category]]
         pairs = [(None, None)] * (len(methods) - len(pairs)) + pairs
         for method, image_auroc, pair in zip(methods, row, pairs, strict=True):
-            figures[method][category] = (image_auroc, *pair)
-    return figures
+            results[method][category] = (image_auroc, *pair)
+    return results
 
 
 _TABLE_1 = {  # image AUROC of PaDiM, STPM, DSKD on MVTec AD
@@ -123,7 +123,7 @@ _TABLE_2 = {  # pixel AUROC and PRO of the same
     "transistor": ((97.5, 84.5), (82.5, 69.5), (91.5, 80.2)),
     "zipper": ((98.5, 95.9), (98.5, 95.2), (97.5, 93.5)),
 }
-_TABLE_3 = {  # image AUROC of PaDiM, PatchCore, STPM, DSKD on MVTec 3D-AD, RGB alone
+_TABLE_3 = {  # image AUROC of PaDiM, PatchCore, STPM, DSKD on MVTec 3D-AD, RGB only
     "bagel": (97.5, 87.6, 93.0, 96.1),
     "cable_gland": (77.5, 88.0, 84.7, 93.0),
     "carrot": (69.8, 79.1, 89.0, 90.0),
@@ -135,7 +135,7 @@ _TABLE_3 = {  # image AUROC of PaDiM, PatchCore, STPM, DSKD on MVTec 3D-AD, RGB 
     "rope": (83.2, 84.1, 96.5, 98.0),
     "tire": (76.0, 70.2, 70.1, 86.2),
 }
-_TABLE_4 = {  # pixel AUROC and PRO of DSKD alone
+_TABLE_4 = {  # pixel AUROC and PRO of DSKD only
     "bagel": ((99.0, 95.0),),
     "cable_gland": ((99.1, 98.8),),
     "carrot": ((99.2, 98.5),),
@@ -178,9 +178,9 @@ MAGNETIC_TILE = Benchmark(
 
 @dataclass(frozen=True)
 class Complexity:
-    """A column of table 6: seconds an image on an Intel i7 at 2.3 GHz, GFLOP (multiply-adds), million parameters.
+    """A column of table 6: seconds per image on an Intel i7 at 2.3 GHz, GMAC, and million parameters.
 
-    Its "Memory (MB)" (DSKD 105, PaDiM 3800) is left out: the paper does not say what was measured.
+    "Memory (MB)" (DSKD 105, PaDiM 3800) is left out: the paper does not say what was measured.
     """
 
     seconds: float
@@ -189,7 +189,7 @@ class Complexity:
 
 
 TABLE_6: Final = {"Padim": Complexity(0.890, 22.85, 68.9), "Dskd": Complexity(0.217, 6.17, 39.3)}
-TABLE_6_SIZE: Final = (256, 256)  # 6.17 G is what DSKD takes at this size
+TABLE_6_SIZE: Final = (256, 256)  # DSKD needs 6.17 GMAC at this size
 
 
 @dataclass(frozen=True)
@@ -198,10 +198,10 @@ class Ablation:
 
     table: int
     row: str
-    figures: Triple
+    results: Triple
 
 
-_WHOLE = Ablation(7, "DS: the whole model", (98.5, 97.6, 93.5))  # table 9 prints 97.5 for its pixel AUROC
+_FULL = Ablation(7, "DS: full model", (98.5, 97.6, 93.5))  # table 9 prints 97.5 for its pixel AUROC
 _TABLE_7 = {  # (map_pair, losses)
     ("T-E", "encoder"): Ablation(7, "T-E: teacher and encoder", (95.3, 96.1, 89.4)),
     ("T-D", "decoder"): Ablation(7, "T-D: teacher and decoder", (97.8, 97.1, 93.1)),
@@ -209,9 +209,9 @@ _TABLE_7 = {  # (map_pair, losses)
 }
 _TABLE_8 = Ablation(8, "without deep feature embedding", (75.6, 89.6, 76.5))
 _TABLE_9 = {
-    (1,): Ablation(9, "map M1 alone", (96.0, 95.9, 88.0)),
-    (2,): Ablation(9, "map M2 alone", (96.5, 96.4, 91.0)),
-    (3,): Ablation(9, "map M3 alone", (92.7, 94.2, 88.7)),
+    (1,): Ablation(9, "only map M1", (96.0, 95.9, 88.0)),
+    (2,): Ablation(9, "only map M2", (96.5, 96.4, 91.0)),
+    (3,): Ablation(9, "only map M3", (92.7, 94.2, 88.7)),
 }
 
 _SETTINGS = {
@@ -222,14 +222,14 @@ _SETTINGS = {
     "schedule": "constant",
     "betas": [0.5, 0.999],
 }
-"""Arguments that the paper fixes, none of which its ablations change."""
+"""Arguments that the paper sets and its ablations do not change."""
 
 
-def benchmark_of(data: str) -> Benchmark | None:
-    """Return the paper's figures on a data set named as anomalib's class or as in the paper, else None.
+def find_benchmark(data: str) -> Benchmark | None:
+    """Return the paper's results on a data set with the name of anomalib's class or of the paper, else None.
 
     Example:
-        >>> benchmark_of("MVTec3D").name, benchmark_of("my parts")
+        >>> find_benchmark("MVTec3D").name, find_benchmark("my images")
         ('MVTec 3D-AD (RGB)', None)
     """
     return {
@@ -242,24 +242,23 @@ def benchmark_of(data: str) -> Benchmark | None:
     }.get("".join(character for character in data.lower() if character.isalnum()))
 
 
-def method_of(class_path: str, init_args: Mapping[str, Any]) -> str | None:
-    """Return the method of the paper that a model is, or None.
+def find_method(class_path: str, init_args: Mapping[str, Any]) -> str | None:
+    """Return the paper's method that a model implements, or None.
 
-    A ``Dskd`` is the paper's only with the paper's arguments; where the paper is silent (``embedding_input`` and
-    the like) any value is one reading of it. Of the others the paper gives no arguments, so that theirs are not
-    looked at.
+    A ``Dskd`` is the paper's method only with the paper's arguments; arguments that the paper does not specify, such
+    as ``embedding_input``, may have any value. The paper gives no arguments of the other methods: theirs are ignored.
     """
     name = class_path.rpartition(".")[2]
     if name == "Dskd":
-        return name if ablation_of(class_path, init_args) == _WHOLE else None
+        return name if find_ablation(class_path, init_args) == _FULL else None
     return name if name in {"Padim", "Stfpm", "Patchcore"} else None
 
 
-def ablation_of(class_path: str, init_args: Mapping[str, Any]) -> Ablation | None:
-    """Return the row of tables 7 to 9 that a ``Dskd`` with these arguments is, or None.
+def find_ablation(class_path: str, init_args: Mapping[str, Any]) -> Ablation | None:
+    """Return the row of tables 7 to 9 that a ``Dskd`` with these arguments corresponds to, or None.
 
     Example:
-        >>> ablation_of("anomalib_dskd.Dskd", {"map_pair": "E-D", "seed": 1}).row
+        >>> find_ablation("anomalib_dskd.Dskd", {"map_pair": "E-D", "seed": 1}).row
         'E-D: encoder and decoder'
     """
     if class_path.rpartition(".")[2] != "Dskd" or not _has_paper_settings(init_args):
@@ -269,7 +268,7 @@ def ablation_of(class_path: str, init_args: Mapping[str, Any]) -> Ablation | Non
     maps = tuple(init_args.get("map_layers") or (1, 2, 3))
     if maps == (1, 2, 3):
         if pair == ("T-D", "both"):
-            return _WHOLE if embedding else _TABLE_8
+            return _FULL if embedding else _TABLE_8
         return _TABLE_7.get(pair) if embedding else None
     return _TABLE_9.get(maps) if pair == ("T-D", "both") and embedding else None
 

@@ -1,6 +1,6 @@
-"""Asymptotic fusion: neighbouring levels exchange first, then one deeper level at a time joins in.
+"""Asymptotic fusion of feature levels: neighboring ones first, then one deeper level at a time.
 
-The meetings follow the asymptotic feature pyramid of Yang et al. (https://arxiv.org/abs/2306.15988), which is how we
+The steps follow the asymptotic feature pyramid of Yang et al. (https://arxiv.org/abs/2306.15988), which is how we
 read "asymptotic"; the authors of AFKD may mean another one.
 """
 
@@ -24,7 +24,7 @@ FusionWeights = Literal["learned", "equal"]
 
 
 def mix(sources: Sequence[Tensor], weights: Tensor) -> Tensor:
-    r"""Add up sources, each with a weight of its own at each pixel.
+    r"""Sum sources, each with its own weight at each pixel.
 
     .. math:: y_{ij} = \sum_n w^n_{ij} x^n_{ij}
 
@@ -45,15 +45,15 @@ def mix(sources: Sequence[Tensor], weights: Tensor) -> Tensor:
 
 
 class FusedLevel(nn.Module):
-    """One level of a meeting: all that meet, brought to its grid and channels, mixed and passed on.
+    """One level of a fusion step: all levels of the step, resized to its grid and channels, and mixed.
 
     A shallower level comes down by 3x3 convolutions with stride 2, as in the deep feature embedding; the level itself
     and deeper ones pass a 1x1 convolution, and deeper ones are then resized bilinearly. A 3x3 convolution follows the
     mix.
 
     Args:
-        levels: those that meet, shallow to deep.
-        target: position of the level that is made.
+        levels: those of the step, shallow to deep.
+        target: position of the level that is computed.
         weights: ``learned``: a softmax over sources of a 1x1 convolution of all of them, at each pixel; it starts from
             equal weights. ``equal``: the sources' mean.
     """
@@ -74,13 +74,13 @@ class FusedLevel(nn.Module):
         self.block = conv_block(channels, channels)
 
     def forward(self, features: Sequence[Tensor]) -> Tensor:
-        """Map the levels that meet, each ``(B, C_n, H_n, W_n)``, to the target's ``(B, C, H, W)``."""
+        """Map the levels of the step, each ``(B, C_n, H_n, W_n)``, to the target's ``(B, C, H, W)``."""
         sources = self.sources(features)
         fused: Tensor = self.block(mix(sources, self.weights(sources)))
         return fused
 
     def sources(self, features: Sequence[Tensor]) -> list[Tensor]:
-        """Bring each level that meets to the target's ``(B, C, H, W)``."""
+        """Resize each level of the step to the target's ``(B, C, H, W)``."""
         height, width = features[self.target].shape[-2:]
         sources = []
         for index, (path, level) in enumerate(zip(self.paths, features, strict=True)):
@@ -101,10 +101,10 @@ class FusedLevel(nn.Module):
 
 
 class AsymptoticFusion(nn.Module):
-    """Fuse a pyramid step by step: the two shallowest levels meet first, then the first three, and so on to all.
+    """Fuse a pyramid step by step: the two shallowest levels first, then the first three, and so on to all.
 
     Args:
-        levels: feature levels, shallow to deep. One alone is passed on as it is.
+        levels: feature levels, shallow to deep. A single one is returned unchanged.
         weights: see :class:`FusedLevel`.
 
     Raises:
@@ -122,8 +122,8 @@ class AsymptoticFusion(nn.Module):
     def forward(self, features: Sequence[Tensor]) -> list[Tensor]:
         """Map the levels, each ``(B, C_k, H_k, W_k)``, to fused ones of the same shapes."""
         fused = list(features)
-        for count, meeting in enumerate(self.meetings, start=2):
-            fused[:count] = [level(fused[:count]) for level in cast("nn.ModuleList", meeting)]
+        for count, step in enumerate(self.meetings, start=2):
+            fused[:count] = [level(fused[:count]) for level in cast("nn.ModuleList", step)]
         return fused
 
 

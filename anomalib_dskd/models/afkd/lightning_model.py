@@ -1,81 +1,37 @@
 """AFKD as an anomalib model."""
 
-from collections.abc import Sequence
-from pathlib import Path
+from typing import Any
 
 import torch
 from anomalib.data import ImageBatch
-from anomalib.metrics import Evaluator
 from anomalib.models.components import AnomalibModule
-from anomalib.post_processing import PostProcessor
-from anomalib.pre_processing import PreProcessor
-from anomalib.visualization import Visualizer
 from torch import Tensor
 
-from anomalib_dskd.argument_checks import check_not_negative
-from anomalib_dskd.components.backbone import check_teacher
 from anomalib_dskd.components.discrepancy import distillation_loss
 from anomalib_dskd.components.randomness import seeded
 from anomalib_dskd.models.afkd.fusion import FusionWeights
 from anomalib_dskd.models.afkd.torch_model import AfkdModel
-from anomalib_dskd.models.distillation.lightning_model import DistillationMixin
-from anomalib_dskd.models.distillation.training_options import (
-    DEFAULT_TEACHER,
-    Schedule,
-    TrainingOptions,
-    resolve_pre_processor,
-)
+from anomalib_dskd.models.distillation.lightning_model import DistillationModule
 
 __all__ = ["Afkd"]
 
 
-class Afkd(DistillationMixin, AnomalibModule):
-    """Asymptotic fusion knowledge distillation: reverse distillation whose teacher's levels are fused step by step.
+class Afkd(DistillationModule, AnomalibModule):
+    """Asymptotic fusion knowledge distillation: reverse distillation from feature levels that are fused step by step.
 
     Reimplemented from the abstract of "Asymptotic fusion knowledge distillation for industrial anomaly detection";
-    the authors' code and text were not seen; their figures are not claimed.
+    the authors' code and text were not seen; their results are not claimed.
 
-    A pretrained teacher's levels meet one after the other, shallow ones first, each pixel with learnt weights for
-    what it takes from which level. A decoder student learns to reproduce the teacher's features of good images from
-    their embedding. Where it fails to, the image is anomalous. There is no encoder student, so that it computes less
-    than DSKD.
+    The levels of a pretrained teacher are fused one after the other, shallow ones first, with learned weights at each
+    pixel. A decoder student learns to reconstruct the teacher's features of normal images from their embedding. Where
+    it fails to, the image is anomalous. There is no encoder student, so that it computes less than DSKD.
 
     Args:
-        teacher: timm backbone that supports ``features_only``. Default, our choice: DSKD's ImageNet ResNet18 with
-            torchvision's weights.
-        layers: indices into the backbone's feature levels. Default, our choice: DSKD's.
-        teacher_weights: file of pretrained weights, safetensors or a PyTorch state dict. Default: the folder in
-            the environment variable ``ANOMALIB_DSKD_WEIGHTS``, else the package of the ``lite`` extra, else what
-            timm has cached or can download. Read when training starts; a checkpoint brings the teacher with it.
-        image_size: height and width that images are resized to, with no crop. Default, our choice: 256, DSKD's.
-            Not together with a ``pre_processor`` of your own.
-        fusion: weights of the levels that meet: ``learned`` at each pixel (the abstract), or fixed and ``equal``
-            (the ablation).
-        embedding_blocks: residual blocks in the embedding behind the fusion. Default, our choice: two, as in DSKD.
-        sigma: standard deviation of the map's blur in pixels; 0 for none. Default, our choice: 4, DSKD's.
-        learning_rate: of Adam; with ``one_cycle`` its peak. Default, our choice: 0.001, DSKD's.
-        schedule: ``constant``, or ``one_cycle``: up to ``learning_rate`` over the first 30 % of the steps, then down to
-            nearly nothing. Default, our choice: constant, as in DSKD.
-        betas: of Adam. Default, our choice: (0.5, 0.999), DSKD's.
-        weight_decay: of Adam. Default: 0; the abstract gives none.
-        batch_norm_images: training images from which the batch-norm statistics are estimated anew before each
-            evaluation within training; 0 keeps the running averages. Default, our choice: 256, as in DSKD.
-        ema_decay: decay of an exponential average of the trained weights over the steps of the training, such as 0.99.
-            Evaluations, checkpoints and exports then have the average instead of the last step's weights. Needs
-            ``batch_norm_images`` above 0. Default: 0, no average, as in DSKD.
-        teacher_cache: GiB of memory for the teacher's features of the training images, which are the same in each
-            epoch; what needs more is kept in a temporary file. 0 computes them in each epoch, as happens with
-            augmentations that may be random and on a GPU. Default, our choice: 1.
-        image_cache: GiB of memory for decoded, resized training images; those beyond, and all of them with random
-            augmentations, are decoded in each epoch. Default, our choice: 1.
-        seed: initialise what is trained, and draw all random numbers of an epoch, such as the order of its batches,
-            from this number and the epoch's. A training that is resumed then ends as if it had never been stopped.
-            Default, anomalib's: unseeded; each training, and each that is resumed, has an order of its own.
-        pre_processor: as in every anomalib model.
-        post_processor: as in every anomalib model. Default:
-            :class:`~anomalib_dskd.post_processing.NormalQuantilePostProcessor`, which says what a score of 0.5 means.
-        evaluator: as in every anomalib model. Default: :class:`~anomalib_dskd.evaluation.RawScoreEvaluator`.
-        visualizer: as in every anomalib model.
+        fusion: weights of the levels that are fused: ``learned`` at each pixel (the abstract), or fixed and ``equal``
+            (an ablation).
+        embedding_blocks: residual blocks in the embedding of the fused levels. Default, our choice: two, as in DSKD.
+        **kwargs: shared arguments, which
+            :class:`~anomalib_dskd.models.distillation.lightning_model.DistillationModule` documents.
 
     Raises:
         ArgumentError: a value is out of range or a combination makes no sense.
@@ -88,45 +44,13 @@ class Afkd(DistillationMixin, AnomalibModule):
 
     model: AfkdModel
 
-    def __init__(
-        self,
-        teacher: str = DEFAULT_TEACHER,
-        layers: Sequence[int] = (1, 2, 3),
-        teacher_weights: str | Path | None = None,
-        image_size: int | tuple[int, int] | None = None,
-        fusion: FusionWeights = "learned",
-        embedding_blocks: int = 2,
-        sigma: float = 4.0,
-        learning_rate: float = 1e-3,
-        schedule: Schedule = "constant",
-        betas: tuple[float, float] = (0.5, 0.999),
-        weight_decay: float = 0.0,
-        batch_norm_images: int = 256,
-        ema_decay: float = 0.0,
-        teacher_cache: float = 1.0,
-        image_cache: float = 1.0,
-        seed: int | None = None,
-        pre_processor: PreProcessor | bool = True,
-        post_processor: PostProcessor | bool = True,
-        evaluator: Evaluator | bool = True,
-        visualizer: Visualizer | bool = True,
-    ) -> None:
-        options = TrainingOptions.from_arguments(locals())
-        check_not_negative(sigma=sigma)
-        check_teacher(teacher)
-        super().__init__(
-            pre_processor=resolve_pre_processor(pre_processor, teacher, image_size),
-            post_processor=post_processor,
-            evaluator=evaluator,
-            visualizer=visualizer,
-        )
-        self.options = options
-        with seeded(seed):
-            self.model = AfkdModel(teacher, layers, fusion=fusion, embedding_blocks=embedding_blocks, sigma=sigma)
-        if self.input_size is not None:
-            self.model.check_size(*self.input_size)
+    def __init__(self, fusion: FusionWeights = "learned", embedding_blocks: int = 2, **kwargs: Any) -> None:  # noqa: ANN401
+        super().__init__(**kwargs)
+        with seeded(self.options.seed):
+            self.model = AfkdModel(**self.network_arguments, fusion=fusion, embedding_blocks=embedding_blocks)
+        self.check_image_size()
 
     def compute_losses(self, batch: ImageBatch) -> dict[str, Tensor]:
         """Return the loss of the decoder student: ``1 - cos``, averaged over pixels and levels."""
-        features = self.model.training_features(torch.as_tensor(batch.image))
-        return {"decoder": distillation_loss(features.teacher, features.students["decoder"], l2_weight=0.0)}
+        teacher, students = self.model(torch.as_tensor(batch.image))
+        return {"decoder": distillation_loss(teacher, students["decoder"], l2_weight=0.0)}

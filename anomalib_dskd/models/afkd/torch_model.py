@@ -1,4 +1,4 @@
-"""The networks of AFKD: the teacher's levels, fused step by step, embedded and decoded again."""
+"""The networks of AFKD: the teacher's feature levels are fused step by step, embedded and decoded."""
 
 from collections.abc import Sequence
 
@@ -8,7 +8,7 @@ from torch.nn import functional as F  # noqa: N812
 from anomalib_dskd.components.decoder import DecoderStudent
 from anomalib_dskd.components.embedding import DeepFeatureEmbedding
 from anomalib_dskd.models.afkd.fusion import AsymptoticFusion, FusionWeights
-from anomalib_dskd.models.distillation.torch_model import DistillationModel, Features
+from anomalib_dskd.models.distillation.torch_model import DistillationModel, Pyramid
 
 __all__ = ["AfkdModel"]
 
@@ -16,11 +16,10 @@ __all__ = ["AfkdModel"]
 class AfkdModel(DistillationModel):
     """Frozen teacher, asymptotic fusion, deep feature embedding and decoder student.
 
-    Reimplemented from the abstract; the authors' code and text were not seen; their figures are not claimed.
+    Reimplemented from the abstract; the authors' code and text were not seen; their results are not claimed.
 
     There is no encoder student: the teacher's own features go through the bottleneck, as in reverse distillation.
-    They enter it with unit norm, as a cosine sees them, so that it gets the same whether they come from the teacher
-    or from the cache.
+    They are normalized to unit norm first, so that the teacher and the feature cache give the same input.
 
     Args:
         teacher: timm backbone that supports ``features_only``.
@@ -33,6 +32,8 @@ class AfkdModel(DistillationModel):
         ArgumentError: a value is out of range.
     """
 
+    scored_student = "decoder"
+
     def __init__(
         self,
         teacher: str,
@@ -42,24 +43,13 @@ class AfkdModel(DistillationModel):
         embedding_blocks: int = 2,
         sigma: float = 4.0,
     ) -> None:
-        super().__init__(teacher, layers, l2_weight=0.0, sigma=sigma)
+        super().__init__(teacher, layers, sigma=sigma)
         levels = self.teacher.levels
         self.fusion = AsymptoticFusion(levels, fusion)
         self.embedding = DeepFeatureEmbedding(levels, embedding_blocks)
         self.decoder_student = DecoderStudent(levels)
 
-    def training_features(self, images: Tensor) -> Features:
-        """Map normalised images ``(B, 3, H, W)`` to the teacher's features and the decoder student's."""
-        teacher = self.teacher_features(images)
-        return Features(teacher=teacher, students={"decoder": self.reconstruct(teacher)})
-
-    def compared_pyramids(self, images: Tensor) -> tuple[Sequence[Tensor], Sequence[Tensor]]:
-        """Run the teacher, and the rest on its features."""
-        teacher: list[Tensor] = self.teacher(images)
-        return teacher, self.reconstruct(teacher)
-
-    def reconstruct(self, teacher: Sequence[Tensor]) -> list[Tensor]:
-        """Map the teacher's features, of any norm, to those that the decoder student makes of them."""
+    def student_features(self, images: Tensor, teacher: Pyramid) -> dict[str, list[Tensor]]:  # noqa: ARG002
+        """Map the teacher's pyramid, of any norm, to its reconstruction by the decoder student."""
         fused = self.fusion([F.normalize(level, dim=1) for level in teacher])
-        decoded: list[Tensor] = self.decoder_student(self.embedding(fused), [level.shape[-2:] for level in teacher])
-        return decoded
+        return {"decoder": self.decoder_student(self.embedding(fused), [level.shape[-2:] for level in teacher])}

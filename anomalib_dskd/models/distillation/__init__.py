@@ -1,1 +1,1 @@
-"""What the models share."""
+"""Base of all models: constructor arguments, training, evaluation, export and checkpoints."""

@@ -1,4 +1,4 @@
-"""Noticing that a training has diverged, before a good checkpoint is overwritten."""
+"""Detection of a diverged training run, before a good checkpoint is overwritten."""
 
 from itertools import chain
 
@@ -12,19 +12,19 @@ from anomalib_dskd.errors import DivergedError
 __all__ = ["check_loss", "check_weights"]
 
 ADVICE = (
-    "Training has diverged, and stops before the last checkpoint is overwritten. Look at the images, lower "
-    "learning_rate, or train with --trainer.precision 32-true, from that checkpoint or anew."
+    "Training has diverged, and stops before the last checkpoint is overwritten. Check the images, lower "
+    "learning_rate, or train with --trainer.precision 32-true, from that checkpoint or from the start."
 )
 
 
 def check_loss(trainer: Trainer | None, loss: Tensor, batch: ImageBatch, batch_idx: int) -> None:
-    """Raise in all processes if the loss is not finite in one: those that went on would wait for it for ever.
+    """Raise in all processes if the loss is not finite in one: the others would wait for it forever.
 
     Args:
-        trainer: knows the other processes; none are asked without it.
-        loss: a number.
-        batch: what it is the loss of.
-        batch_idx: the batch's place in the epoch.
+        trainer: asks the other processes; without it only this one counts.
+        loss: scalar.
+        batch: the batch that the loss was computed on, for the message.
+        batch_idx: index of the batch in the epoch.
 
     Raises:
         DivergedError: the loss is not finite here or in another process.
@@ -40,17 +40,18 @@ def check_loss(trainer: Trainer | None, loss: Tensor, batch: ImageBatch, batch_i
 
 
 def check_weights(model: nn.Module, *, epoch: int) -> None:
-    """Raise unless all that a model has learnt is finite: no loss has seen yet what an epoch's last step did.
+    """Raise unless all trained weights are finite: the last step of an epoch has not been checked by any loss.
 
     Args:
-        model: its ``teacher`` is left out.
-        epoch: for the message.
+        model: network; its ``teacher`` is left out.
+        epoch: current epoch, for the message.
 
     Raises:
-        DivergedError: a weight or a batch norm's statistic is not finite.
+        DivergedError: a weight or a batch-norm statistic is not finite.
     """
     tensors = chain(model.named_parameters(), model.named_buffers())
-    spoilt = [name for name, values in tensors if not name.startswith("teacher.") and not values.isfinite().all()]
-    if spoilt:
-        msg = f"the weights are not finite in epoch {epoch}: {len(spoilt)} tensors, the first {spoilt[0]!r}. {ADVICE}"
+    non_finite = [name for name, values in tensors if not name.startswith("teacher.") and not values.isfinite().all()]
+    if non_finite:
+        found = f"{len(non_finite)} tensors, the first {non_finite[0]!r}"
+        msg = f"the weights are not finite in epoch {epoch}: {found}. {ADVICE}"
         raise DivergedError(msg)

@@ -1,9 +1,8 @@
-"""OpenVINO models whose networks compute in 8 bits, and whose anomaly map does not.
+"""INT8 quantization of exported OpenVINO models: of the networks, not of the anomaly map.
 
-anomalib's own ``int8_ptq`` quantises the map's arithmetic too, where ``1 - cos`` of good pixels is smaller than a step
-of 8 bits, so that the score is the same for every image; and it calibrates on validation images, defects among them.
-This is the one place that does it otherwise; ``tests/integration/test_quantization.py`` tells when that is no longer
-needed.
+anomalib's own ``int8_ptq`` quantizes the anomaly map too, where ``1 - cos`` of normal pixels is smaller than an INT8
+step, so that all images have the same score; and it calibrates on validation images, which may contain defects. This
+module works around both; ``tests/integration/test_quantization.py`` tells when that is no longer needed.
 """
 
 from collections.abc import Iterable, Iterator
@@ -33,18 +32,18 @@ __all__ = [
 ]
 
 CALIBRATION_IMAGES = 300  # NNCF's own default
-COLOURS = 3
+CHANNELS = 3
 
 
 def quantize_networks(model: "openvino.Model", images: Iterable[NDArray[np.float32]]) -> "openvino.Model":
-    """Quantise weights and activations of the networks, and leave their first layers and the anomaly map as they are.
+    """Quantize weights and activations of the networks, except for their first convolutions and the anomaly map.
 
     Args:
         model: an exported detector.
-        images: each ``(1, 3, H, W)`` as the model takes it, see :func:`calibration_images`.
+        images: calibration images ``(1, 3, H, W)`` from :func:`calibration_images`.
 
     Returns:
-        The quantised model.
+        The quantized model.
 
     Raises:
         ArgumentError: the model has no anomaly map of cosines.
@@ -59,8 +58,8 @@ def quantize_networks(model: "openvino.Model", images: Iterable[NDArray[np.float
             nncf.Dataset(list(images)),
             subset_size=CALIBRATION_IMAGES,
             ignored_scope=nncf.IgnoredScope(names=[*first_convolutions(model), *map_operations(model)]),
-            # one image can activate a decoder some sixty times as much as the others do: means over the images, as
-            # NNCF takes for ranges and biases, would follow it, and leave few steps for the others
+            # one image can activate a decoder some sixty times as strongly as the others: NNCF's means over images, of
+            # ranges and biases, would follow it, and leave few steps for the others
             advanced_parameters=nncf.AdvancedQuantizationParameters(
                 activations_range_estimator_params=RangeEstimatorParametersSet.MEDIAN_MINMAX,
                 disable_bias_correction=True,
@@ -70,10 +69,10 @@ def quantize_networks(model: "openvino.Model", images: Iterable[NDArray[np.float
 
 
 def quantize_file(path: Path, images: Iterable[NDArray[np.float32]]) -> None:
-    """Put the quantised model in the place of an exported one.
+    """Replace an exported model by its quantized version.
 
     Args:
-        path: ``.xml`` file, with a ``.bin`` file of the weights beside it.
+        path: ``.xml`` file, with the weights in a ``.bin`` file of the same name.
         images: see :func:`quantize_networks`.
     """
     import openvino  # noqa: PLC0415 - an extra
@@ -81,27 +80,27 @@ def quantize_file(path: Path, images: Iterable[NDArray[np.float32]]) -> None:
     with TemporaryDirectory(dir=path.parent) as folder:
         model = quantize_networks(openvino.Core().read_model(path), images)
         openvino.save_model(model, Path(folder) / path.name, compress_to_fp16=False)
-        del model  # it may still read the file of weights that is replaced
+        del model  # it may still read the weights file that is replaced
         for suffix in (".bin", ".xml"):
             (Path(folder) / path.with_suffix(suffix).name).replace(path.with_suffix(suffix))
 
 
 def first_convolutions(model: "openvino.Model") -> list[str]:
-    """Return the names of the convolutions that read images: little of the work, and a large part of the rounding."""
+    """Return the names of the convolutions that read images: a small part of the time, a large one of the error."""
     return [
         operation.get_friendly_name()
         for operation in model.get_ops()
-        if operation.get_type_name() == "Convolution" and operation.input(1).get_partial_shape()[1] == COLOURS
+        if operation.get_type_name() == "Convolution" and operation.input(1).get_partial_shape()[1] == CHANNELS
     ]
 
 
 def map_operations(model: "openvino.Model") -> list[str]:
     """Return the names of the operations between the networks' features and the outputs.
 
-    They are what one meets on the way back from the outputs, up to the features: those are what norms are taken of.
+    They are found backwards from the outputs, up to the features, which are the inputs of L2 norms.
 
     Raises:
-        ArgumentError: no norms are met.
+        ArgumentError: no norms are found.
     """
     found: set[str] = set()
     features: set[str] = set()
@@ -116,12 +115,12 @@ def map_operations(model: "openvino.Model") -> list[str]:
             features.add(name)
             continue
         found.add(name)
-        if operation.get_type_name() != "ShapeOf":  # which takes a size, and no values
+        if operation.get_type_name() != "ShapeOf":  # which reads a shape, not values
             waiting.extend(value.get_node() for value in operation.input_values())
     if not features:
         msg = (
-            "the model has no cosine between features, so that nothing tells its networks from its anomaly map. Legal "
-            "are exports of this package's models."
+            "the model has no cosine between features, by which its networks and its anomaly map are told apart. "
+            "Supported: exports of this package's models."
         )
         raise ArgumentError(msg)
     types = {operation.get_friendly_name(): operation.get_type_name() for operation in model.get_ops()}
@@ -129,17 +128,17 @@ def map_operations(model: "openvino.Model") -> list[str]:
 
 
 def calibration_images(data: AnomalibDataModule, size: tuple[int, int] | None) -> Iterator[NDArray[np.float32]]:
-    """Yield training images ``(1, 3, H, W)`` in [0, 1], drawn at random from a fixed seed, every second one damaged.
+    """Yield random training images ``(1, 3, H, W)`` in [0, 1] from a fixed seed, every second one damaged.
 
-    Good images alone would cut a defect's activations off at what good ones reach.
+    Calibration on normal images only would clip the activations of defects.
 
     Args:
-        data: its training images are good ones.
-        size: height and width to resize to, as the exported model would; as they are if there is none.
+        data: data module with normal training images.
+        size: height and width to resize to, as the exported model does; None keeps the size.
     """
     data.setup("fit")
     order = torch.randperm(len(data.train_data), generator=torch.Generator().manual_seed(0))
-    pseudo_defects = PseudoDefects(mean=[0.0] * 3, std=[1.0] * 3, seed=0)  # images are not normalised yet
+    pseudo_defects = PseudoDefects(mean=[0.0] * 3, std=[1.0] * 3, seed=0)  # images are not normalized yet
     for number, index in enumerate(order[:CALIBRATION_IMAGES].tolist()):
         image = torch.as_tensor(data.train_data[index].image)[None]  # (1, 3, H, W)
         if size is not None and image.shape[-2:] != size:

@@ -1,8 +1,7 @@
-"""What the detectors have in common as networks: a frozen teacher, and a map of where two pyramids differ."""
+"""Base of the networks of all detectors: a frozen teacher, and the anomaly map from two feature pyramids."""
 
 from abc import abstractmethod
 from collections.abc import Sequence
-from dataclasses import dataclass
 from typing import Any
 
 import torch
@@ -14,46 +13,36 @@ from anomalib_dskd.components.teacher import Teacher
 from anomalib_dskd.errors import ArgumentError
 from anomalib_dskd.training.feature_cache import FeatureCache
 
-__all__ = ["DistillationModel", "Features"]
+__all__ = ["DistillationModel", "Pyramid"]
 
 Pyramid = Sequence[Tensor]
-"""Features ``(B, C_k, H_k, W_k)``, one tensor a level."""
-
-
-@dataclass(frozen=True)
-class Features:
-    """Feature pyramids of one batch, each one ``(B, C_k, H_k, W_k)`` a level.
-
-    Attributes:
-        teacher: the teacher's, without gradient.
-        students: those of the students that are distilled from it, by name.
-    """
-
-    teacher: list[Tensor]
-    students: dict[str, list[Tensor]]
+"""Features ``(B, C_k, H_k, W_k)``, one tensor per level, shallow to deep."""
 
 
 class DistillationModel(nn.Module):
-    """A frozen teacher, students that a subclass adds, and the map of a discrepancy.
+    """A frozen teacher, students that a subclass adds, and the anomaly map from the distance of two pyramids.
 
     Args:
         teacher: timm backbone that supports ``features_only``.
         layers: indices into its feature levels.
         l2_weight: lambda of DSKD's Eq. (6).
-        sigma: standard deviation of the map's blur in pixels.
+        sigma: standard deviation of the map's Gaussian blur in pixels.
     """
 
-    def __init__(self, teacher: str, layers: Sequence[int], *, l2_weight: float, sigma: float) -> None:
+    scored_student: str
+    """Name in :meth:`student_features` of the pyramid that the anomaly map compares with the teacher's."""
+
+    def __init__(self, teacher: str, layers: Sequence[int], *, l2_weight: float = 0.0, sigma: float) -> None:
         super().__init__()
         self.is_trained = False
         self.teacher = Teacher(teacher, layers)
         self.teacher_cache: FeatureCache | None = None
-        """Set while training, to run the teacher once for each image instead of once in each epoch."""
+        """Set in training, to run the teacher once per image instead of once per image and epoch."""
         self.anomaly_map_generator = AnomalyMapGenerator(l2_weight=l2_weight, sigma=sigma)
 
     @property
     def coarsest_stride(self) -> int:
-        """Image pixels along a cell of the coarsest features: those of an embedding below the deepest level."""
+        """Stride in image pixels of the coarsest features: those of an embedding below the deepest level."""
         return 2 * self.teacher.levels[-1].stride
 
     @property
@@ -63,7 +52,7 @@ class DistillationModel(nn.Module):
 
     @property
     def map_levels(self) -> Sequence[int]:
-        """Positions in the pyramid of the levels that the map adds up."""
+        """Positions in the pyramid of the levels that the map sums."""
         return range(len(self.teacher.levels))
 
     @property
@@ -72,24 +61,30 @@ class DistillationModel(nn.Module):
         return self.anomaly_map_generator.bound(len(self.map_levels))
 
     @abstractmethod
-    def training_features(self, images: Tensor) -> Features:
-        """Map normalised images ``(B, 3, H, W)`` to the features that the losses compare."""
+    def student_features(self, images: Tensor, teacher: Pyramid) -> dict[str, list[Tensor]]:
+        """Return the students' pyramids by name.
 
-    @abstractmethod
-    def compared_pyramids(self, images: Tensor) -> tuple[Pyramid, Pyramid]:
-        """Map normalised images ``(B, 3, H, W)`` to the two pyramids whose discrepancy is the map, and no more."""
+        Args:
+            images: normalized, ``(B, 3, H, W)``.
+            teacher: the teacher's pyramid of these images, for students that read it.
+        """
 
     def teacher_features(self, images: Tensor) -> list[Tensor]:
-        """Map images ``(B, 3, H, W)`` to the teacher's pyramid for a loss: of unit norm where it was kept."""
+        """Map images ``(B, 3, H, W)`` to the teacher's pyramid for a loss: with unit norm where it is cached."""
         features: list[Tensor] = (self.teacher if self.teacher_cache is None else self.teacher_cache)(images)
         return features
 
-    def forward(self, images: Tensor) -> Features | InferenceBatch:
-        """Map normalised images ``(B, 3, H, W)`` to features in training, to map and score in evaluation.
+    def compared_pyramids(self, images: Tensor) -> tuple[Pyramid, Pyramid]:
+        """Map normalized images ``(B, 3, H, W)`` to the two pyramids whose distance is the anomaly map."""
+        teacher: list[Tensor] = self.teacher(images)
+        return teacher, self.student_features(images, teacher)[self.scored_student]
+
+    def forward(self, images: Tensor) -> tuple[list[Tensor], dict[str, list[Tensor]]] | InferenceBatch:
+        """Map normalized images ``(B, 3, H, W)`` to features in training, to map and score in evaluation.
 
         Returns:
-            In training what :meth:`training_features` does; in evaluation an ``InferenceBatch`` with ``anomaly_map``
-            ``(B, 1, H, W)`` and ``pred_score`` ``(B, 1)``.
+            In training the teacher's pyramid and the students' by name; in evaluation an ``InferenceBatch`` with
+            ``anomaly_map`` ``(B, 1, H, W)`` and ``pred_score`` ``(B, 1)``.
 
         Raises:
             ArgumentError: images smaller than the networks' strides or the blur allow.
@@ -98,7 +93,8 @@ class DistillationModel(nn.Module):
         if not torch.compiler.is_exporting():  # sizes can be symbols there, and training has checked them
             self.check_size(*images.shape[-2:])
         if self.training:
-            return self.training_features(images)
+            teacher = self.teacher_features(images)
+            return teacher, self.student_features(images, teacher)
         first, second = self.compared_pyramids(images)
         anomaly_map = self.anomaly_map_generator(
             [first[level] for level in self.map_levels],
@@ -111,11 +107,13 @@ class DistillationModel(nn.Module):
         """Raise unless the networks and the blur can work on images of this size.
 
         Raises:
-            ArgumentError: too small, or not the only size that the teacher takes.
+            ArgumentError: too small, or another size than the only one that the teacher supports.
         """
         backbone = self.teacher.backbone
         if backbone.fixed_size is not None and backbone.fixed_size != (height, width):
-            msg = f"images of {height}x{width} pixels: the teacher {backbone.name!r} takes {backbone.fixed_size} alone."
+            msg = (
+                f"images of {height}x{width} pixels: the teacher {backbone.name!r} supports only {backbone.fixed_size}."
+            )
             raise ArgumentError(msg)
         if min(height, width) < self.smallest_image:
             msg = (
@@ -126,7 +124,7 @@ class DistillationModel(nn.Module):
             raise ArgumentError(msg)
 
     def get_extra_state(self) -> dict[str, Any]:
-        """Return what a checkpoint needs beside the tensors: whether the students have been trained."""
+        """Return what a checkpoint stores in addition to tensors: whether the students have been trained."""
         return {"is_trained": self.is_trained}
 
     def set_extra_state(self, state: dict[str, Any]) -> None:

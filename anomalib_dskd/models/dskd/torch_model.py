@@ -11,9 +11,9 @@ from anomalib_dskd.components.backbone import Backbone
 from anomalib_dskd.components.decoder import DecoderStudent
 from anomalib_dskd.components.embedding import DeepFeatureEmbedding, DirectEmbedding
 from anomalib_dskd.errors import ArgumentError
-from anomalib_dskd.models.distillation.torch_model import DistillationModel, Features
+from anomalib_dskd.models.distillation.torch_model import DistillationModel, Pyramid
 
-__all__ = ["DskdModel", "Embedding", "Features", "Losses", "MapPair"]
+__all__ = ["DskdModel", "Embedding", "Losses", "MapPair"]
 
 MapPair = Literal["T-D", "T-E", "E-D"]
 Losses = Literal["both", "encoder", "decoder"]
@@ -40,8 +40,8 @@ class DskdModel(DistillationModel):
         layers: indices into its feature levels; (1, 2, 3) are conv2_x, conv3_x and conv4_x of a ResNet.
         map_pair: the two networks whose discrepancy is the anomaly map (Table 7).
         losses: students that are distilled from the teacher (Table 7).
-        map_layers: the ones of ``layers`` that the map adds up (Table 9); all by default.
-        embedding: fuse all levels into the embedding, or down-sample the deepest alone (Table 8).
+        map_layers: the ones of ``layers`` that the map sums (Table 9); all by default.
+        embedding: fuse all levels into the embedding, or downsample only the deepest (Table 8).
         embedding_blocks: residual blocks of the embedding.
         embedding_input: the encoder's features as they are, or divided by their norm (Algorithm 2, line 7).
         embedding_gradient: let the decoder's loss train the encoder student through the embedding.
@@ -85,15 +85,11 @@ class DskdModel(DistillationModel):
 
     @property
     def map_levels(self) -> Sequence[int]:
-        """Positions in the pyramid of the levels that the map adds up."""
+        """Positions in the pyramid of the levels that the map sums."""
         return self._map_levels
 
-    def training_features(self, images: Tensor) -> Features:
-        """Map normalised images ``(B, 3, H, W)`` to the features that Eq. (7) compares."""
-        return Features(teacher=self.teacher_features(images), students=self.student_features(images))
-
-    def student_features(self, images: Tensor) -> dict[str, list[Tensor]]:
-        """Map images ``(B, 3, H, W)`` to the pyramids of the students that are distilled."""
+    def student_features(self, images: Tensor, teacher: Pyramid | None = None) -> dict[str, list[Tensor]]:  # noqa: ARG002
+        """Map images ``(B, 3, H, W)`` to the pyramids of the students that are distilled, which Eq. (7) compares."""
         encoded = self.encoder_student(images)
         students = {}
         if self.losses != "decoder":
@@ -102,8 +98,8 @@ class DskdModel(DistillationModel):
             students["decoder"] = self._decode(encoded)
         return students
 
-    def compared_pyramids(self, images: Tensor) -> tuple[Sequence[Tensor], Sequence[Tensor]]:
-        """Run only the networks that the map's pair needs."""
+    def compared_pyramids(self, images: Tensor) -> tuple[Pyramid, Pyramid]:
+        """Run only the networks that ``map_pair`` needs."""
         pyramids = {"E": self.encoder_student(images)}
         if "T" in self.map_pair:
             pyramids["T"] = self.teacher(images)
@@ -113,7 +109,7 @@ class DskdModel(DistillationModel):
         return pyramids[first], pyramids[second]
 
     def _decode(self, encoded: Sequence[Tensor]) -> list[Tensor]:
-        assert self.embedding is not None  # the constructor sees to it
+        assert self.embedding is not None  # the constructor checks it
         assert self.decoder_student is not None
         features = encoded if self.embedding_gradient else [level.detach() for level in encoded]
         if self.embedding_input == "normalized":
@@ -124,10 +120,10 @@ class DskdModel(DistillationModel):
 
 def _check_combination(map_pair: str, losses: str, *, embedding_gradient: bool) -> None:
     if losses not in LOSSES_FOR_PAIR.get(map_pair, ()):
-        legal = "; ".join(f"{pair}: {', '.join(names)}" for pair, names in LOSSES_FOR_PAIR.items())
+        supported = "; ".join(f"{pair}: {', '.join(names)}" for pair, names in LOSSES_FOR_PAIR.items())
         msg = (
-            f"map_pair {map_pair!r} with losses {losses!r} is no known pair, or compares a student that is not "
-            f"distilled from the teacher. Legal losses for each map_pair are {legal}."
+            f"map_pair {map_pair!r} with losses {losses!r} is an unknown pair, or compares a student that is not "
+            f"distilled from the teacher. Supported losses for each map_pair: {supported}."
         )
         raise ArgumentError(msg)
     if losses == "decoder" and not embedding_gradient:
@@ -139,9 +135,9 @@ def _check_combination(map_pair: str, losses: str, *, embedding_gradient: bool) 
 
 
 def _positions(map_layers: Sequence[int] | None, layers: Sequence[int]) -> tuple[int, ...]:
-    """Positions in the pyramid of the layers that the map adds up."""
+    """Return the positions in the pyramid of the layers that the map sums."""
     chosen = list(layers) if map_layers is None else list(map_layers)
     if not chosen or len(set(chosen)) != len(chosen) or not set(chosen) <= set(layers):
-        msg = f"map_layers {chosen} must be one or more different ones of layers {list(layers)}."
+        msg = f"map_layers {chosen} must be one or more distinct values of layers {list(layers)}."
         raise ArgumentError(msg)
     return tuple(list(layers).index(layer) for layer in chosen)

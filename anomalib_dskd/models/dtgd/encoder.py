@@ -13,7 +13,7 @@ __all__ = ["DenoisingEncoder", "NoiseRemoval"]
 
 
 class NoiseRemoval(nn.Module):
-    r"""Teacher-guided noise removal: let through what the anomaly teacher does not know as damage.
+    r"""Teacher-guided noise removal: a gate that suppresses what the anomaly teacher marks as damage.
 
     .. math:: s' = s \cdot \sigma(g([s, a]))
 
@@ -40,10 +40,10 @@ class NoiseRemoval(nn.Module):
 
 
 class DenoisingEncoder(nn.Module):
-    """A stem, and a stage a level of two residual blocks, each stage followed by a gate.
+    """A stem, and one stage of two residual blocks per level, each followed by a gate.
 
     It is built from the teacher's levels and not from the teacher's own architecture, because the gates act between
-    stages, whose borders a timm network does not show.
+    stages, which a timm network does not expose.
 
     Args:
         levels: the teacher's feature levels, shallow to deep.
@@ -58,11 +58,11 @@ class DenoisingEncoder(nn.Module):
         self.gates = nn.ModuleList(NoiseRemoval(level.channels) for level in levels) if gate else None
 
     def forward(self, images: Tensor, anomaly_teacher: Sequence[Tensor]) -> list[Tensor]:
-        """Map images ``(B, 3, H, W)`` to one ``(B, C_k, H_k, W_k)`` tensor a level, gated by the teacher's features.
+        """Map images ``(B, 3, H, W)`` to one ``(B, C_k, H_k, W_k)`` tensor per level, gated by the teacher's features.
 
         Args:
-            images: normalised, damaged in training.
-            anomaly_teacher: the teacher's features of the same images, one ``(B, C_k, H_k, W_k)`` tensor a level.
+            images: normalized, damaged in training.
+            anomaly_teacher: the teacher's features of the same images, one ``(B, C_k, H_k, W_k)`` tensor per level.
         """
         features: list[Tensor] = []
         encoded = self.stem(images)

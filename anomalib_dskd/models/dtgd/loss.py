@@ -1,4 +1,4 @@
-"""The losses of DTGD: be like the normal teacher, and unlike the anomaly teacher where the damage is."""
+"""The losses of DTGD: consistency with the normal teacher, and dissimilarity to the anomaly teacher."""
 
 from collections.abc import Sequence
 
@@ -14,7 +14,7 @@ __all__ = ["DtgdLoss", "dissimilarity_loss"]
 def dissimilarity_loss(
     decoder: Sequence[Tensor], anomaly_teacher: Sequence[Tensor], masks: Tensor, *, margin: float
 ) -> Tensor:
-    r"""Average, over the damaged part of the images, how much alike two pyramids are beyond a margin.
+    r"""Average, over the damaged part of the images, the cosine similarity of two pyramids beyond a margin.
 
     .. math::
         \ell = \frac{1}{K} \sum_k
@@ -23,7 +23,7 @@ def dissimilarity_loss(
     where :math:`m^k_{bij}` is the share of a feature pixel of image :math:`b` that is damaged.
 
     Args:
-        decoder: the decoder student's features, one ``(B, C_k, H_k, W_k)`` a level.
+        decoder: the decoder student's features, one ``(B, C_k, H_k, W_k)`` per level.
         anomaly_teacher: the teacher's features of the damaged images, of the same shapes.
         masks: ``(B, 1, H, W)``, 1 where an image is damaged and 0 elsewhere.
         margin: cosine up to which features count as unlike.
@@ -47,7 +47,7 @@ def dissimilarity_loss(
 
 
 class DtgdLoss(nn.Module):
-    """Consistency of encoder and decoder with the normal teacher, and dissimilarity from the anomaly teacher.
+    """Consistency of encoder and decoder with the normal teacher, and dissimilarity to the anomaly teacher.
 
     Args:
         margin: see :func:`dissimilarity_loss`.

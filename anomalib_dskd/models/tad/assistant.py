@@ -1,4 +1,4 @@
-"""What guides the student beside the teacher, in training alone: an assistant, and the weights of both."""
+"""Training-only components of TAD++: the assistant, and the weights of the two guides."""
 
 import math
 from collections.abc import Sequence
@@ -40,10 +40,10 @@ class Assistant(nn.Module):
         )
 
     def forward(self, images: Tensor, sizes: Sequence[Sequence[int]]) -> list[Tensor]:
-        """Map images ``(B, 3, H, W)`` to one tensor a level, ``(B, C_k, H_k, W_k)`` with the teacher's channels.
+        """Map images ``(B, 3, H, W)`` to one tensor per level, ``(B, C_k, H_k, W_k)`` with the teacher's channels.
 
         Args:
-            images: normalised for the teacher.
+            images: normalized for the teacher.
             sizes: the teacher's ``(H_k, W_k)`` of each level.
         """
         features = []
@@ -62,9 +62,9 @@ class GuidanceAttention(nn.Module):
         w = \mathrm{softmax}_g \left( \frac{(Q \bar s) \cdot (K \bar g)}{\sqrt{C}} \right)
 
     with the mean over pixels, :math:`\bar s` of the student's features and :math:`\bar g` of the guides', each pixel
-    of unit norm as a cosine sees it, and a square :math:`Q` and :math:`K` a level. :math:`Q` starts from zeros, so
-    that the weights start equal. Their gradient reaches :math:`Q` and :math:`K` alone: the student is to learn from
-    the guides, not to choose between them.
+    of unit norm as a cosine sees it, and a square :math:`Q` and :math:`K` per level. :math:`Q` starts from zeros, so
+    that the weights start equal. Their gradient reaches only :math:`Q` and :math:`K`: the student learns from the
+    guides and does not choose between them.
 
     Args:
         levels: feature levels of teacher and student.

@@ -1,4 +1,4 @@
-"""The losses of TAD++: what teacher and assistant say about clean images, and the teacher about damaged ones."""
+"""The losses of TAD++: guidance by teacher and assistant, and the entropy of their weights."""
 
 import math
 from collections.abc import Sequence
@@ -12,12 +12,12 @@ __all__ = ["entropy_loss", "guidance_losses"]
 
 
 def guidance_losses(student: Sequence[Tensor], guides: Sequence[Sequence[Tensor]], weights: Tensor) -> Tensor:
-    r"""Average over images and levels what each guide contributes to the student's loss.
+    r"""Return what each guide contributes to the student's loss, averaged over images and levels.
 
     .. math:: \ell_g = \frac{1}{B K} \sum_{b,k} w_{bkg} \frac{1}{h_k w_k} \sum_{ij} (1 - \cos(s^{bk}_{ij}, g^{bk}_{ij}))
 
     Args:
-        student: the student's features, one ``(B, C_k, H_k, W_k)`` tensor a level.
+        student: the student's features, one ``(B, C_k, H_k, W_k)`` tensor per level.
         guides: ``G`` pyramids of the same shapes.
         weights: ``(B, K, G)``.
 
@@ -32,7 +32,7 @@ def guidance_losses(student: Sequence[Tensor], guides: Sequence[Sequence[Tensor]
 
 
 def entropy_loss(weights: Tensor) -> Tensor:
-    r"""Measure how far weights are from equal ones: what the largest entropy exceeds theirs by.
+    r"""Return how far weights are from equal ones: the largest possible entropy minus theirs.
 
     .. math:: \ell = \log G + \sum_g w_g \log w_g
 
@@ -43,7 +43,7 @@ def entropy_loss(weights: Tensor) -> Tensor:
         weights: ``(B, K, G)``, each ``G`` of them summing to 1.
 
     Returns:
-        Scalar from 0 (equal) to ``log(G)`` (one guide alone), averaged over images and levels.
+        Scalar from 0 (equal) to ``log(G)`` (only one guide), averaged over images and levels.
 
     Example:
         >>> round(entropy_loss(torch.tensor([[[0.5, 0.5], [1.0, 0.0]]])).item(), 6)  # 0 and log 2

@@ -1,12 +1,12 @@
 import dataclasses
-import json
+import pickle
 from pathlib import Path
 
 import pytest
 import yaml
 
-from anomalib_dskd.benchmark.config import BenchmarkConfig, DatasetSpec, Job, Measurements, ModelSpec, expand
-from anomalib_dskd.benchmark.run_job import check_job
+from anomalib_dskd.benchmark.build_job import check_job
+from anomalib_dskd.benchmark.config import BenchmarkConfig, DatasetSpec, Measurements, ModelSpec, expand
 from anomalib_dskd.cli import _parsers
 from anomalib_dskd.errors import ArgumentError
 
@@ -37,7 +37,7 @@ def test_jobs_are_all_combinations_with_seeds_outermost():
     assert jobs[0].data_init_args == {"root": "tiles"}
 
 
-def test_epochs_say_where_they_come_from():
+def test_epochs_have_a_source():
     dskd, stfpm, padim = expand(config(datasets=[TILES], seeds=[0]))
     assert (dskd.epochs, dskd.epochs_source) == (200, "the paper")
     assert stfpm.epochs == 100
@@ -60,7 +60,7 @@ def test_siblings_are_compared_at_the_same_number_of_epochs():
         check_job(job)
     ours = [job for job in jobs if job.class_path.startswith("anomalib_dskd.")]
     assert {job.class_path.rpartition(".")[2] for job in ours} == {"Afkd", "Dskd", "Dtgd", "Tad"}
-    assert {job.epochs for job in jobs} == {30, None}  # none: those that train in no epochs
+    assert {job.epochs for job in jobs} == {30, None}  # None: models that set their number of epochs
     assert {job.image_size for job in jobs} == {(128, 128)}
     assert [job.init_args for job in ours if job.init_args] == [
         {"teacher": "tf_efficientnet_lite0"},
@@ -72,7 +72,7 @@ def test_siblings_are_compared_at_the_same_number_of_epochs():
 
 
 @pytest.mark.parametrize("path", sorted(CONFIGS.glob("*.yaml")), ids=lambda path: path.stem)
-def test_every_configuration_means_jobs_that_can_be_built(path):
+def test_the_jobs_of_every_configuration_can_be_built(path):
     _, subcommands = _parsers()
     options = subcommands["benchmark"].parse_args(["--config", str(path)])
     values = vars(subcommands["benchmark"].instantiate_classes(options))
@@ -82,10 +82,10 @@ def test_every_configuration_means_jobs_that_can_be_built(path):
         check_job(job)
 
 
-def test_a_jobs_number_stands_for_all_that_its_result_depends_on():
+def test_the_id_of_a_job_depends_on_all_its_values():
     job = expand(config())[0]
-    assert Job.from_dict(json.loads(json.dumps(dataclasses.asdict(job)))) == job
-    assert Job.from_dict(dataclasses.asdict(job)).id == job.id
+    assert dataclasses.replace(job).id == job.id
+    assert pickle.loads(pickle.dumps(job)).id == job.id  # as it is sent to another process
     for name, value in {
         "seed": 5,
         "epochs": 3,
@@ -111,7 +111,7 @@ def test_a_jobs_number_stands_for_all_that_its_result_depends_on():
         ({"models": [dataclasses.replace(STFPM, epochs=0)]}, "epochs of Stfpm 0 must be"),
         (
             {"models": [ModelSpec({"class_path": "mine.Model"})]},
-            "model 'Model' says no number of epochs. Give `epochs`",
+            "model 'Model' has no default number of epochs. Give `epochs`",
         ),
         ({"models": [ModelSpec({"class": "mine.Model"})]}, "describes no class. Give `class_path`"),
         ({"models": [ModelSpec({"class_path": "Dskd"})]}, "describes no class"),
@@ -119,7 +119,7 @@ def test_a_jobs_number_stands_for_all_that_its_result_depends_on():
         ({"datasets": [dataclasses.replace(MVTEC, categories=["wood", "wood"])]}, "categories .* must be different"),
         (
             {"models": [ModelSpec({"class_path": "a.Dskd", "init_args": {"image_size": 64}})]},
-            "'Dskd' has image_size among its init_args, which is to be the same .* the benchmark's `image_size`",
+            "'Dskd' has image_size among its init_args, which must be the same .* the benchmark's `image_size`",
         ),
         (
             {"models": [ModelSpec({"class_path": "a.Dskd", "init_args": {"seed": 0, "pre_processor": False}})]},
@@ -136,6 +136,6 @@ def test_a_jobs_number_stands_for_all_that_its_result_depends_on():
         ({"measure": Measurements(seconds=float("inf"))}, "measure.seconds inf must be a finite"),
     ],
 )
-def test_what_cannot_be_compared_is_refused(changes, message):
+def test_faulty_configurations_are_an_error(changes, message):
     with pytest.raises(ArgumentError, match=message):
         expand(config(**changes))

@@ -5,7 +5,6 @@ import sys
 import pytest
 import timm
 import torch
-from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
 
 from anomalib_dskd.benchmark import hub_cache
@@ -19,10 +18,10 @@ ARCHITECTURE = "test_resnet"
 def partial_weights(tmp_path_factory):
     """A file without the last stage and the classifier."""
     state = timm.create_model(ARCHITECTURE, pretrained=False).state_dict()
-    kept = {name: torch.randn_like(t) if t.is_floating_point() else t for name, t in state.items()}
-    kept = {name: tensor for name, tensor in kept.items() if not name.startswith(("layer4", "fc"))}
+    random = {name: torch.randn_like(t) if t.is_floating_point() else t for name, t in state.items()}
+    partial = {name: tensor for name, tensor in random.items() if not name.startswith(("layer4", "fc"))}
     path = tmp_path_factory.mktemp("weights") / "partial.safetensors"
-    save_file(kept, path)
+    save_file(partial, path)
     return path
 
 
@@ -49,7 +48,7 @@ def test_timm_finds_the_weights_in_another_process_without_a_network(partial_wei
     assert finite == "True"
 
 
-def test_layers_that_the_file_lacks_are_nan_and_every_tag_has_them(partial_weights, tmp_path):
+def test_missing_layers_are_nan_in_the_files_of_every_tag(partial_weights, tmp_path):
     write_hub_cache({ARCHITECTURE: str(partial_weights)}, tmp_path)
     files = list(tmp_path.rglob("model.safetensors"))
     assert len(files) == len(timm.list_pretrained(f"{ARCHITECTURE}.*"))
@@ -58,7 +57,7 @@ def test_layers_that_the_file_lacks_are_nan_and_every_tag_has_them(partial_weigh
     assert torch.equal(state["conv1.0.weight"], load_file(partial_weights)["conv1.0.weight"])
 
 
-def test_a_classifier_of_another_width_counts_as_none(tmp_path):
+def test_a_classifier_of_another_width_counts_as_missing(tmp_path):
     model = timm.create_model(ARCHITECTURE, pretrained=False, num_classes=3)
     save_file(model.state_dict(), tmp_path / "tuned.safetensors")
     write_hub_cache({ARCHITECTURE: str(tmp_path / "tuned.safetensors")}, tmp_path / "cache")
@@ -68,7 +67,7 @@ def test_a_classifier_of_another_width_counts_as_none(tmp_path):
     assert torch.equal(state["conv1.0.weight"], model.state_dict()["conv1.0.weight"])
 
 
-def test_weights_of_another_shape_are_refused(partial_weights, tmp_path):
+def test_weights_of_another_shape_are_an_error(partial_weights, tmp_path):
     state = load_file(partial_weights)
     state["layer3.0.conv1.weight"] = state["layer3.0.conv1.weight"].repeat(2, 1, 1, 1)
     save_file(state, tmp_path / "wide.safetensors")
@@ -87,21 +86,21 @@ def test_weights_are_described_by_their_hash(partial_weights):
     ("architecture", "message"),
     [("resnet_18", "'resnet_18': give the name of a timm architecture"), ("resnet18.tv_in1k", "without tag")],
 )
-def test_unknown_architectures_are_refused(architecture, message, partial_weights, tmp_path):
+def test_unknown_architectures_are_an_error(architecture, message, partial_weights, tmp_path):
     with pytest.raises(ArgumentError, match=message):
         write_hub_cache({architecture: str(partial_weights)}, tmp_path)
 
 
-def test_weights_of_another_architecture_are_refused(partial_weights, tmp_path):
+def test_weights_of_another_architecture_are_an_error(partial_weights, tmp_path):
     with pytest.raises(
-        TeacherWeightsError, match="partial.safetensors' do not fit the teacher 'test_vit': 72 unknown to it: bn1"
+        TeacherWeightsError, match="partial.safetensors' do not fit the teacher 'test_vit': 72 unexpected: bn1"
     ):
         write_hub_cache({"test_vit": str(partial_weights)}, tmp_path)
     with pytest.raises(TeacherWeightsError, match="'gone.pth' does not exist"):
         write_hub_cache({ARCHITECTURE: "gone.pth"}, tmp_path)
 
 
-def test_without_links_the_files_are_copied(partial_weights, tmp_path, monkeypatch):
+def test_without_hard_links_the_files_are_copied(partial_weights, tmp_path, monkeypatch):
     def refuse(*_):
         raise OSError(1, "Operation not permitted")
 
@@ -112,10 +111,12 @@ def test_without_links_the_files_are_copied(partial_weights, tmp_path, monkeypat
     assert len({hashlib.sha256(file.read_bytes()).digest() for file in files}) == 1
 
 
-def test_a_full_disk_is_told(partial_weights, tmp_path, monkeypatch):
+def test_a_full_disk_is_an_error(partial_weights, tmp_path, monkeypatch):
     def refuse(*_):
-        raise SafetensorError("Error while serializing: I/O error: No space left on device (os error 28)")
+        raise OSError(28, "No space left on device")
 
-    monkeypatch.setattr(hub_cache, "save_file", refuse)
-    with pytest.raises(DataError, match="weights of 'test_resnet' cannot be written to .*No space left.* Make room"):
+    monkeypatch.setattr(hub_cache, "write_file", refuse)
+    with pytest.raises(
+        DataError, match="weights of 'test_resnet' cannot be written to .*No space left.* Free disk space"
+    ):
         write_hub_cache({ARCHITECTURE: str(partial_weights)}, tmp_path)

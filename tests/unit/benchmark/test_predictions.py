@@ -5,7 +5,7 @@ import pytest
 import torch
 from sklearn.metrics import f1_score, roc_auc_score
 
-from anomalib_dskd.benchmark.predictions import Predictions, ScoreRecorder, figures, figures_by_class
+from anomalib_dskd.benchmark.predictions import Predictions, ScoreRecorder, compute_metrics, compute_metrics_by_class
 from anomalib_dskd.errors import DskdError
 from tests.conftest import plain_aupro
 
@@ -26,9 +26,9 @@ def predictions(scale: float = 300.0) -> Predictions:
     )
 
 
-def test_figures_are_those_of_scikit_learn_on_the_raw_values():
+def test_metrics_equal_those_of_scikit_learn_on_raw_values():
     given = predictions()
-    result = figures(given)
+    result = compute_metrics(given)
     assert result["image_AUROC"] == pytest.approx(roc_auc_score(given.labels, given.scores), abs=1e-6)
     best = max(f1_score(given.labels, given.scores >= threshold) for threshold in given.scores)
     assert result["image_F1"] == pytest.approx(best, abs=1e-6)
@@ -37,8 +37,8 @@ def test_figures_are_those_of_scikit_learn_on_the_raw_values():
     assert result["AUPRO"] == pytest.approx(plain_aupro(given.maps, given.masks), abs=1e-3)
 
 
-def test_figures_do_not_depend_on_the_models_scale():
-    small, large = figures(predictions(0.01)), figures(predictions(1e4))
+def test_metrics_do_not_depend_on_the_models_scale():
+    small, large = compute_metrics(predictions(0.01)), compute_metrics(predictions(1e4))
     assert small == pytest.approx(large, abs=1e-5)
 
 
@@ -46,13 +46,13 @@ def test_aupro_is_one_for_perfect_maps_and_zero_for_inverted_ones():
     given = predictions()
     perfect = Predictions(**{**vars(given), "maps": given.masks.astype(np.float32)})
     inverted = Predictions(**{**vars(given), "maps": 1 - given.masks.astype(np.float32)})
-    assert figures(perfect)["AUPRO"] == pytest.approx(1, abs=1e-2)
-    assert figures(inverted)["AUPRO"] == pytest.approx(0, abs=1e-6)
+    assert compute_metrics(perfect)["AUPRO"] == pytest.approx(1, abs=1e-2)
+    assert compute_metrics(inverted)["AUPRO"] == pytest.approx(0, abs=1e-6)
 
 
-def test_each_kind_of_defect_is_compared_with_all_good_images():
+def test_each_kind_of_defect_is_compared_with_all_normal_images():
     given = predictions()
-    result = figures_by_class(given)
+    result = compute_metrics_by_class(given)
     assert {kind: values["images"] for kind, values in result.items()} == {"crack": 2, "stain": 4}
     chosen = [*range(6), 6, 7]
     expected = roc_auc_score(given.labels[chosen], given.scores[chosen])
@@ -60,16 +60,16 @@ def test_each_kind_of_defect_is_compared_with_all_good_images():
 
 
 @pytest.mark.parametrize("name", ["maps", "masks"])
-def test_without_maps_or_masks_there_are_no_pixel_figures(name):
-    result = figures(Predictions(**{**vars(predictions()), name: None}))
+def test_without_maps_or_masks_there_are_no_pixel_metrics(name):
+    result = compute_metrics(Predictions(**{**vars(predictions()), name: None}))
     assert result["image_AUROC"] is not None
     assert (result["pixel_AUROC"], result["AUPRO"]) == (None, None)
 
 
-def test_with_good_images_alone_there_are_no_figures():
+def test_with_only_normal_images_there_are_no_metrics():
     given = predictions()
-    good = Predictions(**{**vars(given), "labels": np.zeros(12, dtype=int), "masks": np.zeros_like(given.masks)})
-    assert set(figures(good).values()) == {None}
+    normal = Predictions(**{**vars(given), "labels": np.zeros(12, dtype=int), "masks": np.zeros_like(given.masks)})
+    assert set(compute_metrics(normal).values()) == {None}
 
 
 def batch(**changes) -> SimpleNamespace:
@@ -91,7 +91,7 @@ def recorded(*batches) -> ScoreRecorder:
     return recorder
 
 
-def test_recorder_keeps_what_the_post_processor_changes_later():
+def test_recorder_copies_values_that_the_post_processor_changes_later():
     first = batch()
     recorder = recorded(first, batch(image_path=["c.png", "d.png"]))
     first.pred_score.clamp_(0, 1)
@@ -103,7 +103,7 @@ def test_recorder_keeps_what_the_post_processor_changes_later():
     assert result.maps.max() > 1
 
 
-def test_scores_of_a_model_that_gives_maps_alone_are_their_maxima():
+def test_scores_of_a_model_that_predicts_only_maps_are_their_maxima():
     given = batch(pred_score=None)
     result = recorded(given).predictions({})
     assert result.scores.tolist() == pytest.approx(given.anomaly_map.flatten(1).max(1).values.tolist())
@@ -117,12 +117,12 @@ def test_scores_of_a_model_that_gives_maps_alone_are_their_maxima():
         ({"pred_score": None, "anomaly_map": None}, "neither a score nor an anomaly map"),
     ],
 )
-def test_useless_predictions_are_refused(changes, message):
+def test_unusable_predictions_are_an_error(changes, message):
     with pytest.raises(DskdError, match=message):
         recorded(batch(**changes)).predictions({})
 
 
-def test_saved_predictions_can_be_looked_at(tmp_path):
+def test_saved_predictions_can_be_read(tmp_path):
     given = predictions()
     given.save(tmp_path / "predictions.npz")
     with np.load(tmp_path / "predictions.npz") as archive:

@@ -24,11 +24,11 @@ def shown(*, terminal: bool) -> str:
     return text.getvalue()
 
 
-def test_a_terminal_shows_the_sweep_and_the_job_with_its_name_as_it_is():
+def test_a_terminal_shows_all_jobs_and_the_current_one_by_its_name_without_markup():
     text = shown(terminal=True)
     assert "1 of 3 jobs" in text
     assert f"{NAME} on tiles, seed 0: epoch 1 of 2" in text
 
 
-def test_without_a_terminal_there_is_a_line_for_each_jobs_end_alone():
+def test_without_a_terminal_there_is_only_one_line_per_finished_job():
     assert shown(terminal=False) == f"2 of 3: {NAME} on tiles, seed 0: image_AUROC 88.5\n"

@@ -1,90 +1,92 @@
-import json
-
 import pytest
 
 from anomalib_dskd.benchmark import run_folder
 from anomalib_dskd.benchmark.config import BenchmarkConfig, DatasetSpec, ModelSpec, expand
+from anomalib_dskd.benchmark.job_result import JobResult
 from anomalib_dskd.benchmark.run_folder import RunFolder, read_plan, read_results
 from anomalib_dskd.errors import ArgumentError, DataError
 
 CONFIG = "seeds:\n- 0\nepochs: 3\n"
 
 
-def record(job: str, status: str = "done", **more) -> dict:
-    return {"job": job, "status": status, **more}
+FIRST, SECOND, THIRD = (f"{number:012x}" for number in (1, 2, 3))  # IDs of jobs
 
 
-def test_results_are_there_as_soon_as_they_are_appended(tmp_path):
+def result(job: str, status: str = "done") -> JobResult:
+    return JobResult.of(jobs()[0], job=job, status=status)
+
+
+def test_results_can_be_read_as_soon_as_they_are_appended(tmp_path):
     with RunFolder(tmp_path / "a" / "b", CONFIG) as folder:
-        folder.append(record("1"))
-        folder.append(record("2", "failed"))
-        assert [result["job"] for result in read_results(folder.path)] == ["1", "2"]
-        assert folder.finished() == {"1"}  # what failed is tried again
+        folder.append(result(FIRST))
+        folder.append(result(SECOND, "failed"))
+        assert [found.job for found in read_results(folder.path)] == [FIRST, SECOND]
+        assert folder.finished() == {FIRST}  # failed jobs are run again
 
 
 def test_a_later_result_of_a_job_replaces_the_earlier(tmp_path):
     with RunFolder(tmp_path, CONFIG) as folder:
         for status in ("failed", "done"):
-            folder.append(record("1", status))
-            folder.append(record("2", "done"))
-        assert [(r["job"], r["status"]) for r in read_results(tmp_path)] == [("1", "done"), ("2", "done")]
+            folder.append(result(FIRST, status))
+            folder.append(result(SECOND, "done"))
+        assert [(found.job, found.status) for found in read_results(tmp_path)] == [(FIRST, "done"), (SECOND, "done")]
 
 
-def test_a_line_that_was_cut_off_is_dropped_and_the_next_starts_afresh(tmp_path):
+def test_an_incomplete_last_line_is_removed(tmp_path):
     with RunFolder(tmp_path, CONFIG) as folder:
-        folder.append(record("1"))
+        folder.append(result(FIRST))
     with (tmp_path / "results.jsonl").open("a") as file:
         file.write('{"job": "2", "sta')
-    assert [r["job"] for r in read_results(tmp_path)] == ["1"]
+    assert [found.job for found in read_results(tmp_path)] == [FIRST]
     with RunFolder(tmp_path, CONFIG) as folder:
-        folder.append(record("3"))
-        assert [r["job"] for r in read_results(tmp_path)] == ["1", "3"]
+        folder.append(result(THIRD))
+        assert [found.job for found in read_results(tmp_path)] == [FIRST, THIRD]
 
 
-def test_a_broken_line_in_the_middle_is_named(tmp_path):
-    (tmp_path / "results.jsonl").write_text(f"{json.dumps(record('1'))}\nnonsense\n{json.dumps(record('2'))}\n")
-    with pytest.raises(DataError, match="line 2 of .*results.jsonl' is no result"):
+def test_the_error_for_a_broken_line_has_its_number(tmp_path):
+    (tmp_path / "results.jsonl").write_text(f"{result(FIRST).to_json()}\nnonsense\n{result(SECOND).to_json()}\n")
+    with pytest.raises(DataError, match="line 2 of .*results.jsonl' is not a result"):
         read_results(tmp_path)
 
 
-def test_another_configuration_is_refused_with_what_differs(tmp_path):
+def test_another_configuration_is_an_error_that_lists_the_differences(tmp_path):
     with RunFolder(tmp_path, CONFIG) as folder:
-        folder.append(record("1"))
+        folder.append(result(FIRST))
     changed = CONFIG.replace("epochs: 3", "epochs: 4")
     with pytest.raises(ArgumentError, match=r"-epochs: 3\n\+epochs: 4\nGive another --run_folder"):
         RunFolder(tmp_path, changed).__enter__()
-    with RunFolder(tmp_path, CONFIG):  # the refusal has left no lock behind
+    with RunFolder(tmp_path, CONFIG):  # the error has released the lock
         pass
 
 
-def test_a_mistake_may_be_mended_while_nothing_is_done(tmp_path):
+def test_the_configuration_may_change_while_no_job_is_done(tmp_path):
     with RunFolder(tmp_path, CONFIG) as folder:
-        folder.keep_plan(jobs("a"))
-        folder.append(record("1", "failed"))
+        folder.write_plan(jobs("a"))
+        folder.append(result(FIRST, "failed"))
     with RunFolder(tmp_path, "seeds:\n- 1\n") as folder:
-        folder.keep_plan(jobs("b"))
+        folder.write_plan(jobs("b"))
     assert (tmp_path / "config.yaml").read_text() == "seeds:\n- 1\n"
     assert read_results(tmp_path) == []
     assert read_plan(tmp_path)[0]["weights"][0]["sha256"] == "b"
 
 
-def test_weights_may_be_replaced_while_nothing_is_done(tmp_path):
+def test_weights_may_change_while_no_job_is_done(tmp_path):
     for sha256 in ("a", "b"):
         with RunFolder(tmp_path, CONFIG) as folder:
-            folder.keep_plan(jobs(sha256))
+            folder.write_plan(jobs(sha256))
             assert read_results(tmp_path) == []
-            folder.append(record(jobs(sha256)[0].id, "failed"))
+            folder.append(result(jobs(sha256)[0].id, "failed"))
     with RunFolder(tmp_path, CONFIG) as folder:
-        folder.keep_plan(jobs("b"))
-    assert [result["job"] for result in read_results(tmp_path)] == [jobs("b")[0].id]
+        folder.write_plan(jobs("b"))
+    assert [found.job for found in read_results(tmp_path)] == [jobs("b")[0].id]
 
 
-def test_results_without_their_configuration_are_kept(tmp_path):
+def test_results_without_their_configuration_are_not_deleted(tmp_path):
     with RunFolder(tmp_path, CONFIG) as folder:
-        folder.append(record("1", "failed"))
+        folder.append(result(FIRST, "failed"))
     (tmp_path / "config.yaml").unlink()
     with RunFolder(tmp_path, CONFIG):
-        assert [result["job"] for result in read_results(tmp_path)] == ["1"]
+        assert [found.job for found in read_results(tmp_path)] == [FIRST]
 
 
 def test_a_configuration_is_written_whole_or_not_at_all(tmp_path, monkeypatch):
@@ -96,26 +98,26 @@ def test_a_configuration_is_written_whole_or_not_at_all(tmp_path, monkeypatch):
         assert (tmp_path / "config.yaml").read_text() == CONFIG
 
 
-def test_two_benchmarks_do_not_share_a_folder(tmp_path):
+def test_two_benchmarks_cannot_use_a_folder_at_the_same_time(tmp_path):
     with RunFolder(tmp_path, CONFIG), pytest.raises(ArgumentError, match="in use by another benchmark"):
         RunFolder(tmp_path, CONFIG).__enter__()
 
 
-def test_a_file_in_the_way_is_a_clear_error(tmp_path):
+def test_a_file_with_the_name_of_the_folder_is_an_error(tmp_path):
     (tmp_path / "file").write_text("")
-    with pytest.raises(DataError, match="run folder '.*file' cannot be written: .*Finished results are kept"):
+    with pytest.raises(DataError, match="run folder '.*file' cannot be written: .*Results of finished jobs are saved"):
         RunFolder(tmp_path / "file", CONFIG).__enter__()
 
 
-def test_a_full_disk_is_a_clear_error(tmp_path, monkeypatch):
+def test_a_full_disk_is_an_error(tmp_path, monkeypatch):
     def full(_):
         raise OSError(28, "No space left on device")
 
     with RunFolder(tmp_path, CONFIG) as folder:
-        folder.append(record("1"))
+        folder.append(result(FIRST))
         monkeypatch.setattr(run_folder.os, "fsync", full)
-        with pytest.raises(DataError, match="No space left on device.*give the same command again"):
-            folder.append(record("2"))
+        with pytest.raises(DataError, match="No space left on device.*run the same command again"):
+            folder.append(result(SECOND))
 
 
 @pytest.mark.parametrize("name", ["results.jsonl", "config.yaml", ".lock", "jobs", "jobs/0123456789ab/log.txt"])
@@ -133,7 +135,7 @@ def test_the_run_folder_itself_may_be_a_link(tmp_path):
     (tmp_path / "large_disk").mkdir()
     (tmp_path / "run").symlink_to(tmp_path / "large_disk")
     with RunFolder(tmp_path / "run", "a: 1\n") as folder:
-        folder.append({"job": "a", "status": "done"})
+        folder.append(result(FIRST))
     assert (tmp_path / "large_disk" / "results.jsonl").is_file()
 
 
@@ -148,36 +150,36 @@ def jobs(sha256: str = "a") -> list:
     return expand(BenchmarkConfig(models, data, epochs=3), weights)
 
 
-def test_all_jobs_are_written_down_before_the_first(tmp_path):
+def test_the_plan_lists_all_jobs(tmp_path):
     with RunFolder(tmp_path, CONFIG) as folder:
         assert read_plan(tmp_path) is None
-        folder.keep_plan(jobs())
-        folder.keep_plan(jobs())
+        folder.write_plan(jobs())
+        folder.write_plan(jobs())
     plan = read_plan(tmp_path)
     assert [(job["job"], job["model"]) for job in plan] == [(job.id, job.model) for job in jobs()]
 
 
-def test_jobs_that_have_become_others_are_refused_with_what_has_changed(tmp_path):
+def test_changed_jobs_are_an_error_that_lists_the_changes(tmp_path):
     with RunFolder(tmp_path, CONFIG) as folder:
-        folder.keep_plan(jobs("a"))
-        folder.append(record("1"))
+        folder.write_plan(jobs("a"))
+        folder.append(result(FIRST))
         with pytest.raises(
             ArgumentError, match=r"of other jobs.*: Dskd: weights was .*'sha256': 'a'.* is .*'sha256': 'b'"
         ):
-            folder.keep_plan(jobs("b"))
+            folder.write_plan(jobs("b"))
         with pytest.raises(ArgumentError, match="2 jobs were, 1 are now"):
-            folder.keep_plan(jobs()[:1])
+            folder.write_plan(jobs()[:1])
 
 
 @pytest.mark.parametrize("content", ["{", "[1]", '[{"model": "DSKD"}]'])
-def test_a_damaged_plan_is_named(content, tmp_path):
+def test_a_damaged_plan_is_an_error(content, tmp_path):
     (tmp_path / "plan.json").write_text(content)
-    with pytest.raises(DataError, match="plan.json' is no plan of a benchmark"):
+    with pytest.raises(DataError, match="plan.json' is not the plan of a benchmark"):
         read_plan(tmp_path)
 
 
 @pytest.mark.parametrize("line", ['{"job": "1"}', '{"job": "1", "status": "half"}', "[]", "5", '{"job": "\xff"}'])
-def test_a_line_that_is_no_result_is_named(line, tmp_path):
+def test_a_line_that_is_not_a_result_is_an_error(line, tmp_path):
     (tmp_path / "results.jsonl").write_bytes(line.encode("latin-1") + b"\n")
-    with pytest.raises(DataError, match="line 1 of .*results.jsonl' is no result"):
+    with pytest.raises(DataError, match="line 1 of .*results.jsonl' is not a result"):
         read_results(tmp_path)

@@ -14,7 +14,7 @@ from anomalib_dskd.errors import DskdError
 
 def test_parameters_and_multiply_adds_are_those_of_the_paper():
     model = Dskd()
-    model.model.teacher.weights_origin = {"file": "none", "sha256": ""}  # a forward pass wants some
+    model.model.teacher.weights_origin = {"file": "none", "sha256": ""}  # required for a forward pass
     trained = sum(parameter.numel() for parameter in model.parameters() if parameter.requires_grad)
     cost = measure_cost(model, (256, 256), trained)
     assert cost["parameters"] == 20_948_736
@@ -22,7 +22,7 @@ def test_parameters_and_multiply_adds_are_those_of_the_paper():
     assert cost["macs"] == pytest.approx(6.16e9, rel=2e-3)  # Table 6, and the blur
 
 
-def test_openvino_is_measured_in_a_process_of_its_own(monkeypatch):
+def test_openvino_is_measured_in_a_separate_process(monkeypatch):
     image = openvino.opset13.parameter([-1, 3, -1, -1], np.float32)
     network = openvino.Model([openvino.opset13.relu(image)], [image])
 
@@ -39,7 +39,7 @@ def test_openvino_is_measured_in_a_process_of_its_own(monkeypatch):
     assert 0 < measured["mib"] < 1
 
 
-def test_a_model_that_openvino_cannot_run_says_why():
+def test_a_model_that_openvino_cannot_run_is_an_error():
     def to_openvino(folder, **_):
         for suffix in (".xml", ".bin"):
             (folder / f"model{suffix}").write_text("nonsense")

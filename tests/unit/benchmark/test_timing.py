@@ -8,7 +8,7 @@ import pytest
 from anomalib_dskd.benchmark.timing import images_per_second, measure_file, median_milliseconds
 
 
-def test_median_leaves_the_warm_up_out(monkeypatch):
+def test_median_excludes_the_warm_up(monkeypatch):
     now = [0.0]
     durations = iter([9.0] * 5 + [0.010] * 4 + [0.020] * 3 + [5.0] * 3 + [0.020] * 100)
     monkeypatch.setattr(time, "perf_counter", lambda: now[0])
@@ -19,7 +19,7 @@ def test_median_leaves_the_warm_up_out(monkeypatch):
     assert median_milliseconds(run, seconds=0.001) == pytest.approx(20.0)  # of ten
 
 
-def test_images_a_second_count_whole_batches(monkeypatch):
+def test_throughput_counts_whole_batches(monkeypatch):
     now, done = [0.0], []
 
     class Queue:
@@ -45,7 +45,7 @@ def test_images_a_second_count_whole_batches(monkeypatch):
 
 
 @pytest.mark.parametrize("precision", ["f32", None])
-def test_an_exported_model_is_measured_at_the_size_asked_for(precision, tmp_path, monkeypatch):
+def test_an_exported_model_is_measured_at_the_given_size(precision, tmp_path, monkeypatch):
     image = openvino.opset13.parameter([-1, 3, -1, -1], np.float32)
     openvino.save_model(openvino.Model([openvino.opset13.relu(image)], [image]), tmp_path / "model.xml")
     compiled, original = [], openvino.Core.compile_model

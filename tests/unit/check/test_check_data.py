@@ -12,30 +12,31 @@ from anomalib.data import Folder, MVTecAD
 from PIL import Image
 
 from anomalib_dskd import MagneticTile
-from anomalib_dskd.check.check_data import check_data, check_splits
+from anomalib_dskd.check.check_data import check_data
+from anomalib_dskd.check.dataset_checks import check_splits
 from tests.conftest import png_chunk, write_bomb
 
 SIDE = 48
 
 
-def picture(seed: int, side: int = SIDE) -> Image.Image:
+def crop(seed: int, side: int = SIDE) -> Image.Image:
     random = np.random.default_rng(seed)
     top, left = random.integers(0, 512 - 4 * side, size=2)
-    crop = skimage.data.astronaut()[top : top + 4 * side, left : left + 4 * side]
-    return Image.fromarray(crop[:: random.integers(1, 4), :: random.integers(1, 4)][:side, :side])
+    pixels = skimage.data.astronaut()[top : top + 4 * side, left : left + 4 * side]
+    return Image.fromarray(pixels[:: random.integers(1, 4), :: random.integers(1, 4)][:side, :side])
 
 
 @pytest.fixture
 def root(tmp_path: Path) -> Path:
-    """A sound data set: 12 good images for training, 3 for the test, 3 defective ones with masks."""
+    """A valid data set: 12 normal training images, 3 normal test images, 3 defective test images with masks."""
     folder = tmp_path / "parts"
     for seed, name in enumerate([f"good/{i:02}" for i in range(12)] + [f"test/{i}" for i in range(3)]):
         (folder / name).parent.mkdir(parents=True, exist_ok=True)
-        picture(seed).save(folder / f"{name}.png")
+        crop(seed).save(folder / f"{name}.png")
     for index in range(3):
         for name in ("bad", "mask"):
             (folder / name).mkdir(exist_ok=True)
-        picture(100 + index).save(folder / "bad" / f"{index}.png")
+        crop(100 + index).save(folder / "bad" / f"{index}.png")
         mask = np.zeros((SIDE, SIDE), dtype=np.uint8)
         mask[10:20, 10:30] = 255
         Image.fromarray(mask).save(folder / "mask" / f"{index}.png")
@@ -54,7 +55,7 @@ def found(root: Path, **arguments) -> dict[str, tuple[str, list[str]]]:
     return {finding.kind: (finding.severity, [Path(file).name for file in finding.files]) for finding in findings}
 
 
-def test_a_sound_data_set_has_no_findings(root):
+def test_valid_data_set_has_no_findings(root):
     assert found(root) == {}
 
 
@@ -65,11 +66,11 @@ def save(root: Path, name: str, image: Image.Image, **arguments) -> None:
 def with_exif(root: Path) -> None:
     exif = Image.Exif()
     exif[0x0112] = 6
-    save(root, "good/00.jpg", picture(50), exif=exif)
+    save(root, "good/00.jpg", crop(50), exif=exif)
 
 
 def transparent_palette(root: Path) -> None:
-    save(root, "good/00.png", picture(0).convert("P"), transparency=0)
+    save(root, "good/00.png", crop(0).convert("P"), transparency=0)
 
 
 def truncated(root: Path) -> None:
@@ -78,7 +79,7 @@ def truncated(root: Path) -> None:
 
 
 def truncated_jpeg(root: Path) -> None:
-    picture(60, 96).save(root / "good" / "zz.jpg")
+    crop(60, 96).save(root / "good" / "zz.jpg")
     contents = (root / "good" / "zz.jpg").read_bytes()
     (root / "good" / "zz.jpg").write_bytes(contents[: len(contents) // 2])
 
@@ -91,7 +92,7 @@ def noise(*levels: int) -> Image.Image:
     return Image.fromarray(np.random.default_rng(0).integers(*levels, (SIDE, SIDE, 3), dtype=np.uint8))
 
 
-def rename_to_sort_otherwise(root: Path) -> None:
+def sort_masks_differently(root: Path) -> None:
     """``1.png`` sorts before ``11.png``, and ``11_mask.png`` before ``1_mask.png``."""
     for folder, suffix in (("bad", ""), ("mask", "_mask")):
         (root / folder / "0.png").unlink()
@@ -99,8 +100,8 @@ def rename_to_sort_otherwise(root: Path) -> None:
         (root / folder / "1.png").rename(root / folder / f"1{suffix}.png")
 
 
-def swap_folders_of_masks(root: Path) -> None:
-    """Let kinds of defect sort otherwise than their masks, so that equal names hide the exchange."""
+def swap_mask_folders(root: Path) -> None:
+    """Let the folders of defect classes sort differently than those of masks; equal file names hide the exchange."""
     for index in (1, 2):
         for folder in ("bad", "mask"):
             (root / folder / f"{index}.png").unlink()
@@ -108,13 +109,13 @@ def swap_folders_of_masks(root: Path) -> None:
         for folder, part in (("bad", kind), ("mask", f"{above}/{kind}")):
             (root / folder / part).mkdir(parents=True)
             shutil.copy(root / folder / "0.png", root / folder / part / "0.png")
-    picture(150).save(root / "bad/dent/0.png")
+    crop(150).save(root / "bad/dent/0.png")
     for folder in ("bad", "mask"):
         (root / folder / "0.png").unlink()
 
 
-def png_of_16_bits(image: Image.Image) -> bytes:
-    """PIL writes none: each value of 8 bits twice is the same one of 16."""
+def png_with_16_bits(image: Image.Image) -> bytes:
+    """PIL cannot write one. Repeating the byte of an 8-bit value gives the same value with 16 bits."""
     pixels = np.repeat(np.asarray(image), 2, axis=-1)  # (H, W, 6)
     rows = b"".join(b"\0" + row.tobytes() for row in pixels)
     header = struct.pack(">IIBBBBB", image.width, image.height, 16, 2, 0, 0, 0)
@@ -128,7 +129,7 @@ def ramp() -> np.ndarray:
     return np.arange(SIDE * SIDE).reshape(SIDE, SIDE) % 256
 
 
-BREAK = {
+PROBLEMS = {
     "truncated PNG": (truncated, {"unreadable": ("error", ["03.png"])}),
     "truncated JPEG": (truncated_jpeg, {"unreadable": ("error", ["zz.jpg"])}),
     "empty file": (lambda r: (r / "good/00.png").write_bytes(b""), {"unreadable": ("error", ["00.png"])}),
@@ -150,7 +151,7 @@ BREAK = {
         {"unsafe": ("error", ["0.png"])},
     ),
     "a program": (
-        lambda r: save(r, "good/00.png", picture(0), format="EPS"),
+        lambda r: save(r, "good/00.png", crop(0), format="EPS"),
         {"unsafe": ("error", ["00.png"])},
     ),
     "32 bits": (
@@ -161,22 +162,22 @@ BREAK = {
         lambda r: save(r, "good/00.tiff", Image.fromarray(ramp().astype(np.float32))),
         {"deep": ("error", ["00.tiff"])},
     ),
-    "palette": (lambda r: save(r, "good/00.png", picture(0).convert("P")), {"mode-p": ("note", ["00.png"])}),
+    "palette": (lambda r: save(r, "good/00.png", crop(0).convert("P")), {"mode-p": ("note", ["00.png"])}),
     "transparent palette": (transparent_palette, {"mode-p": ("note", ["00.png"])}),
-    "CMYK": (lambda r: save(r, "good/zz.jpg", picture(70).convert("CMYK")), {"mode-cmyk": ("warning", ["zz.jpg"])}),
-    "alpha": (lambda r: save(r, "good/00.png", picture(0).convert("RGBA")), {"mode-rgba": ("warning", ["00.png"])}),
+    "CMYK": (lambda r: save(r, "good/zz.jpg", crop(70).convert("CMYK")), {"mode-cmyk": ("warning", ["zz.jpg"])}),
+    "alpha": (lambda r: save(r, "good/00.png", crop(0).convert("RGBA")), {"mode-rgba": ("warning", ["00.png"])}),
     "gray and alpha": (
-        lambda r: save(r, "good/00.png", picture(0).convert("LA")),
+        lambda r: save(r, "good/00.png", crop(0).convert("LA")),
         {"mode-la": ("warning", ["00.png"])},
     ),
-    "one bit": (lambda r: save(r, "good/00.png", picture(0).convert("1")), {"mode-1": ("note", ["00.png"])}),
-    "transparent colour": (
-        lambda r: save(r, "good/00.png", picture(0), transparency=(0, 0, 0)),
+    "one bit": (lambda r: save(r, "good/00.png", crop(0).convert("1")), {"mode-1": ("note", ["00.png"])}),
+    "transparent color": (
+        lambda r: save(r, "good/00.png", crop(0), transparency=(0, 0, 0)),
         {"mode-transparency": ("warning", ["00.png"])},
     ),
     "rotated by EXIF": (with_exif, {"exif-orientation": ("warning", ["00.jpg"])}),
     "pages": (
-        lambda r: save(r, "good/zz.tiff", picture(80), save_all=True, append_images=[picture(81)]),
+        lambda r: save(r, "good/zz.tiff", crop(80), save_all=True, append_images=[crop(81)]),
         {"frames": ("warning", ["zz.tiff"])},
     ),
     "black": (lambda r: save(r, "good/00.png", Image.new("RGB", (SIDE, SIDE))), {"flat": ("warning", ["00.png"])}),
@@ -188,9 +189,9 @@ BREAK = {
         lambda r: save(r, "good/00.png", noise(0, 2)),
         {"flat": ("warning", ["00.png"])},
     ),
-    "another size": (lambda r: save(r, "good/00.png", picture(0, 60)), {"sizes": ("note", [])}),
+    "another size": (lambda r: save(r, "good/00.png", crop(0, 60)), {"sizes": ("note", [])}),
     "stretched": (
-        lambda r: save(r, "good/00.png", picture(0).resize((100, 48))),
+        lambda r: save(r, "good/00.png", crop(0).resize((100, 48))),
         {"sizes": ("note", []), "aspect-ratio": ("warning", ["00.png"])},
     ),
     "mask of another size": (
@@ -216,46 +217,46 @@ BREAK = {
         lambda r: shutil.copy(r / "mask/0.png", r / "mask/0_copy.png"),
         {"setup": ("error", []), "masks-twice": ("error", ["0.png"])},
     ),
-    "mask missing, of names that are glued": (
+    "mask missing, with names that have no separator": (
         lambda r: (
             [(r / f"mask/{i}.png").rename(r / f"mask/mask{i}.png") for i in range(2)] + [(r / "mask/2.png").unlink()]
         ),
         {"setup": ("error", []), "no-mask": ("error", ["2.png"])},
     ),
-    "masks that sort otherwise": (
-        rename_to_sort_otherwise,
+    "masks that sort differently": (
+        sort_masks_differently,
         {"setup": ("error", []), "mask-order": ("error", ["1.png", "11.png"])},
     ),
-    "masks of other kinds of defect": (
-        swap_folders_of_masks,
+    "masks of other defect classes": (
+        swap_mask_folders,
         {"mask-of-other-image": ("error", ["0.png", "0.png"])},
     ),
-    "the same picture as good and as defective": (
+    "same image as normal and as defective": (
         lambda r: shutil.copy(r / "test/0.png", r / "bad/0.png"),
         {"same-picture": ("error", ["0.png", "0.png"])},
     ),
-    "colours of 16 bits": (
-        lambda r: (r / "good/00.png").write_bytes(png_of_16_bits(picture(0))),
+    "16 bits per channel": (
+        lambda r: (r / "good/00.png").write_bytes(png_with_16_bits(crop(0))),
         {"mode-16": ("note", ["00.png"])},
     ),
-    "same picture in training and test": (
+    "same image in training and test": (
         lambda r: shutil.copy(r / "good/00.png", r / "test/copy.png"),
         {"same-picture": ("error", ["00.png", "copy.png"])},
     ),
-    "same picture in another format": (
-        lambda r: save(r, "test/copy.bmp", picture(0)),
+    "same image in another format": (
+        lambda r: save(r, "test/copy.bmp", crop(0)),
         {"same-picture": ("error", ["00.png", "copy.bmp"])},
     ),
-    "same picture twice in training": (
+    "same image twice in training": (
         lambda r: shutil.copy(r / "good/00.png", r / "good/copy.png"),
         {"same-picture": ("warning", ["00.png", "copy.png"])},
     ),
-    "nearly the same picture": (
-        lambda r: save(r, "test/copy.jpg", picture(0), quality=80),
+    "nearly the same image": (
+        lambda r: save(r, "test/copy.jpg", crop(0), quality=80),
         {"near-duplicate": ("warning", ["00.png", "copy.jpg"])},
     ),
     "a suffix that is not read": (
-        lambda r: save(r, "good/00.gif", picture(90)),
+        lambda r: save(r, "good/00.gif", crop(90)),
         {"ignored": ("warning", ["00.gif"])},
     ),
     "no folder": (lambda r: shutil.rmtree(r / "good"), {"setup": ("error", [])}),
@@ -270,10 +271,10 @@ BREAK = {
 }
 
 
-@pytest.mark.parametrize("name", BREAK)
-def test_each_fault_is_found_with_its_file(name, root):
-    spoil, expected = BREAK[name]
-    spoil(root)
+@pytest.mark.parametrize("name", PROBLEMS)
+def test_each_problem_is_found_with_its_file(name, root):
+    damage, expected = PROBLEMS[name]
+    damage(root)
     assert found(root) == expected
 
 
@@ -289,7 +290,7 @@ def test_each_fault_is_found_with_its_file(name, root):
         ({"train": (50, 0), "val": (5, 5), "test": (0, 5)}, {"no-good-images-in-test": "warning"}),
     ],
 )
-def test_splits_that_make_figures_meaningless_are_told(splits, expected):
+def test_splits_that_make_metrics_meaningless_are_found(splits, expected):
     data = SimpleNamespace()
     for name, counts in splits.items():
         if counts is not None:
@@ -298,17 +299,17 @@ def test_splits_that_make_figures_meaningless_are_told(splits, expected):
     assert {finding.kind: finding.severity for finding in check_splits(data)} == expected
 
 
-def test_a_folder_without_defects_has_no_figures(root):
+def test_folder_without_defects_has_no_metrics(root):
     assert found(root, abnormal_dir=None, mask_dir=None)["no-defects-in-test"][0] == "warning"
 
 
-def test_a_file_in_two_splits_is_an_error(root):
+def test_file_in_two_splits_is_an_error(root):
     kinds = found(root, normal_test_dir="good")
     assert kinds["same-file"][0] == "error"
     assert len(kinds["same-file"][1]) == 12
 
 
-def test_a_defect_without_mask_among_others_with_masks_is_an_error(root):
+def test_defective_image_without_mask_is_an_error_if_others_have_one(root):
     data = module(root)
     data.setup()
     for split in (data.val_data, data.test_data):
@@ -326,20 +327,20 @@ def test_messages_say_what_to_do(root):
     assert finding.files == [str(root / "good" / "03.png")]
 
 
-def test_the_data_sets_own_reading_of_masks_is_respected(magnetic_tile_root):
+def test_mask_threshold_of_the_data_set_is_used(magnetic_tile_root):
     kinds = {finding.kind for finding in check_data(MagneticTile(magnetic_tile_root))}
     assert "mask-not-binary" not in kinds
     assert not {"no-mask", "mask-size", "mask-of-good-image"} & kinds
 
 
-def test_every_image_is_looked_at_once(root):
+def test_every_image_is_checked_once(root):
     seen = []
     check_data(module(root), progress=lambda paths: seen.extend(paths) or iter(paths))
     assert len(seen) == len(set(seen)) == 12 + 3 + 3
 
 
 @pytest.mark.parametrize("split", ["val", "test"])
-def test_pseudo_defects_stand_for_the_pictures_that_they_are_painted_on(split, root):
+def test_source_images_of_synthetic_defects_are_checked(split, root):
     settings = {f"{split}_split_mode": "synthetic", f"{split}_split_ratio": 0.5}
     if split == "test":
         settings |= {"abnormal_dir": None, "normal_test_dir": None, "mask_dir": None}
@@ -352,7 +353,7 @@ def test_pseudo_defects_stand_for_the_pictures_that_they_are_painted_on(split, r
     assert {finding.kind for finding in findings} <= {"few-training-images"}
 
 
-def test_masks_of_mvtec_ads_layout_are_named_too(root, tmp_path):
+def test_missing_mask_is_named_in_the_layout_of_mvtec_ad(root, tmp_path):
     category = tmp_path / "mvtec" / "bottle"
     shutil.copytree(root / "good", category / "train" / "good")
     shutil.copytree(root / "test", category / "test" / "good")
@@ -367,7 +368,7 @@ def test_masks_of_mvtec_ads_layout_are_named_too(root, tmp_path):
     assert missing.files == [str(category / "test" / "dent" / "1.png")]
 
 
-def test_several_masks_of_an_image_are_all_read(root):
+def test_all_masks_of_an_image_are_read(root):
     """As in MVTec LOCO, whose table has a list in each cell."""
     data = module(root)
     data.setup()
@@ -381,19 +382,19 @@ def test_several_masks_of_an_image_are_all_read(root):
 
 
 @pytest.mark.parametrize(
-    ("spoil", "kind"),
+    ("damage", "kind"),
     [
         (lambda path: path.write_bytes(b"no image"), "unreadable-depth"),
         (lambda path: write_bomb(path, 9**5, 9**4), "unsafe"),
     ],
     ids=["no image", "bomb"],
 )
-def test_depth_images_are_read(spoil, kind, root):
+def test_depth_images_are_read(damage, kind, root):
     data = module(root, extensions=(".png",))
     data.setup()
     for split in (data.train_data, data.val_data, data.test_data):
         split.samples["depth_path"] = [depth_image(path) for path in split.samples.image_path]
-    spoil(root / "good" / "00.tiff")
+    damage(root / "good" / "00.tiff")
     data.setup = data.prepare_data = lambda: None
     (finding,) = check_data(data)
     assert (finding.kind, [Path(file).name for file in finding.files]) == (kind, ["00.tiff"])
@@ -405,7 +406,7 @@ def depth_image(image: str) -> str:
     return str(path)
 
 
-def test_data_without_labels_is_refused_by_name(root):
+def test_data_without_labels_is_an_error(root):
     data = module(root)
     data.setup()
     for split in (data.train_data, data.val_data, data.test_data):
@@ -413,10 +414,10 @@ def test_data_without_labels_is_refused_by_name(root):
     data.setup = data.prepare_data = lambda: None
     (finding,) = check_data(data)
     assert (finding.severity, finding.kind) == ("error", "no-labels")
-    assert "Folder has no label of each image" in finding.message
+    assert "Folder has no label per image" in finding.message
 
 
-def test_masks_in_several_folders_are_named_too(root):
+def test_missing_mask_is_named_among_several_folders(root):
     for name in ("bad", "mask"):
         (root / f"{name}2").mkdir()
         (root / name / "2.png").rename(root / f"{name}2" / "7.png")

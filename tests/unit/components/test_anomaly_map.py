@@ -13,10 +13,10 @@ def pyramid(seed: int) -> list[torch.Tensor]:
     return [torch.randn(2, c, s, s, generator=generator) for c, s in ((4, 16), (6, 8))]
 
 
-def test_levels_are_up_sampled_bilinearly_and_added():
+def test_levels_are_up_sampled_bilinearly_and_summed():
     ramp = torch.tensor([[0.0, 4.0]]).view(1, 1, 1, 2)
     constant = torch.full((1, 1, 1, 1), 10.0)
-    # bilinear, half-pixel centres: 4 pixels of a 2-pixel ramp are at 0, 1/4, 3/4 and 1 of the way
+    # bilinear, half-pixel centers: 4 pixels up-sampled from a 2-pixel ramp are at 0, 1/4, 3/4 and 1 of it
     assert sum_of_levels([ramp, constant], (1, 4)).flatten().tolist() == [10.0, 11.0, 13.0, 14.0]
 
 
@@ -31,11 +31,11 @@ def test_map_is_the_smoothed_sum_of_discrepancies(sigma):
     first, second = pyramid(0), pyramid(1)
     summed = sum_of_levels([discrepancy(a, b, l2_weight=0.3) for a, b in zip(first, second, strict=True)], (48, 40))
     expected = [gaussian_filter(image[0].numpy(), sigma, mode="mirror", truncate=4) for image in summed]
-    ours = AnomalyMapGenerator(l2_weight=0.3, sigma=sigma)(first, second, (48, 40))
-    np.testing.assert_allclose(ours[:, 0].numpy(), np.stack(expected), atol=1e-5)
+    actual = AnomalyMapGenerator(l2_weight=0.3, sigma=sigma)(first, second, (48, 40))
+    np.testing.assert_allclose(actual[:, 0].numpy(), np.stack(expected), atol=1e-5)
 
 
-def test_sigma_zero_leaves_the_sum_as_it_is():
+def test_sigma_zero_disables_the_blur():
     first, second = pyramid(0), pyramid(1)
     generator = AnomalyMapGenerator(l2_weight=0.1, sigma=0)
     summed = sum_of_levels([discrepancy(a, b, l2_weight=0.1) for a, b in zip(first, second, strict=True)], (16, 16))
@@ -51,23 +51,20 @@ def test_bound_is_reached_by_opposite_features():
     assert generator.bound(2) == pytest.approx(4.4)
 
 
-def test_mixed_precision_does_not_reach_the_map():
+def test_mixed_precision_does_not_change_the_map():
     first, second = pyramid(0), pyramid(1)
     generator = AnomalyMapGenerator(sigma=4)
-    plain = generator(first, second, (64, 64))
+    expected = generator(first, second, (64, 64))
     with torch.autocast("cpu", torch.bfloat16):
         mixed = generator(first, second, (64, 64))
     assert mixed.dtype == torch.float32
-    assert torch.equal(mixed, plain)
+    assert torch.equal(mixed, expected)
 
 
-def test_the_blur_is_nothing_learnt():
+def test_kernels_of_the_blur_are_not_part_of_checkpoints():
     generator = AnomalyMapGenerator(sigma=2.0)
     assert not generator.state_dict()
     assert len(list(generator.buffers())) == 2
-    generator.load_state_dict(
-        {"blur.0.kernel": torch.zeros(1), "blur.1.kernel": torch.zeros(1)}
-    )  # of older checkpoints
     assert generator.blur[0].kernel.sum() == pytest.approx(1)
 
 
@@ -78,7 +75,7 @@ def test_defaults_are_the_papers():
 
 
 @pytest.mark.parametrize(("sigma", "margin"), [(0.0, 0), (1.0, 4), (4.0, 16)])
-def test_margin_is_the_reach_of_the_blur_which_is_cut_off_at_four_deviations(sigma, margin):
+def test_margin_is_the_radius_of_the_blur_which_ends_at_four_standard_deviations(sigma, margin):
     generator, size = AnomalyMapGenerator(l2_weight=0.0, sigma=sigma), 48
     assert generator.margin == margin
     impulse = torch.zeros(1, 1, size, size)
@@ -87,6 +84,6 @@ def test_margin_is_the_reach_of_the_blur_which_is_cut_off_at_four_deviations(sig
     assert (rows.min(), rows.max()) == (size // 2 - margin, size // 2 + margin)
 
 
-def test_pyramids_of_unequal_height_are_refused():
+def test_pyramids_with_different_numbers_of_levels_are_refused():
     with pytest.raises(ValueError, match="shorter"):
         AnomalyMapGenerator(sigma=1.0)(pyramid(0), pyramid(1)[:1], (16, 16))

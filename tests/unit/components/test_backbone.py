@@ -26,7 +26,7 @@ def images(batch: int = 1, size: int = 64) -> Tensor:
 
 
 def with_random_norms(model: nn.Module) -> nn.Module:
-    """Fresh batch norms do next to nothing, and timm starts some at zero: give each one something to do."""
+    """Initial batch norms are nearly the identity, and timm initializes some to zero: make all change their input."""
     generator = torch.Generator().manual_seed(0)
     for module in model.modules():
         if isinstance(module, nn.BatchNorm2d):
@@ -46,13 +46,13 @@ def test_every_parameter_gets_a_gradient(name: str, layers: tuple[int, ...]):
 
 
 @pytest.mark.parametrize(("name", "layers"), NAMES_AND_LAYERS)
-def test_features_are_those_of_the_uncut_model(name: str, layers: tuple[int, ...]):
-    whole = with_random_norms(timm.create_model(name, pretrained=False, features_only=True)).eval()
+def test_features_are_those_of_the_unpruned_model(name: str, layers: tuple[int, ...]):
+    unpruned = with_random_norms(timm.create_model(name, pretrained=False, features_only=True)).eval()
     backbone = Backbone(name, layers).eval()
-    tensors, own = whole.state_dict(), backbone.network.state_dict()
+    tensors, own = unpruned.state_dict(), backbone.network.state_dict()
     backbone.network.load_state_dict({key: tensors[key] for key in own})
     with torch.no_grad():
-        expected = whole(images())
+        expected = unpruned(images())
         actual = backbone(images())
     assert len(actual) == len(layers)
     for layer, level in zip(layers, actual, strict=True):
@@ -62,7 +62,7 @@ def test_features_are_those_of_the_uncut_model(name: str, layers: tuple[int, ...
 @pytest.mark.parametrize(
     ("name", "parameters"),
     [
-        ("resnet18", 11_689_512 - 8_393_728 - 513_000),  # less layer4 and fc
+        ("resnet18", 11_689_512 - 8_393_728 - 513_000),  # without layer4 and fc
         (TEACHER, 104_848),
     ],
 )
@@ -71,7 +71,7 @@ def test_size_is_that_of_the_layers_in_use(name: str, parameters: int):
 
 
 @pytest.mark.parametrize(("name", "layers"), [*NAMES_AND_LAYERS, ("test_vit3", (0, 2))])
-def test_levels_are_those_that_timm_names(name: str, layers: tuple[int, ...]):
+def test_levels_are_those_that_timm_reports(name: str, layers: tuple[int, ...]):
     info = timm.create_model(name, pretrained=False, features_only=True, out_indices=layers).feature_info
     levels = Backbone(name, layers).levels
     assert [level.channels for level in levels] == info.channels()
@@ -105,8 +105,8 @@ def test_sign_is_that_of_the_last_activation(name: str, signed: bool):
     [
         (TEACHER, (0, 1, 2)),
         ("test_convnext", (0, 1, 2)),
-        ("test_mambaout", (0, 1, 2)),  # timm has its channels last
-        ("mobilenetv3_small_100", (0,)),  # no block is in use
+        ("test_mambaout", (0, 1, 2)),  # timm returns its channels last
+        ("mobilenetv3_small_100", (0,)),  # uses no block
     ],
 )
 def test_features_have_channels_and_size_of_their_level(name: str, layers: tuple[int, ...]):
@@ -115,7 +115,7 @@ def test_features_have_channels_and_size_of_their_level(name: str, layers: tuple
     assert shapes == [(2, level.channels, 96 // level.stride, 96 // level.stride) for level in backbone.levels]
 
 
-def test_probe_leaves_no_trace():
+def test_probe_leaves_no_gradients_or_statistics():
     backbone = Backbone(TEACHER, (1, 2, 3))
     assert all(parameter.grad is None for parameter in backbone.parameters())
     for key, buffer in backbone.named_buffers():
@@ -123,7 +123,7 @@ def test_probe_leaves_no_trace():
 
 
 @pytest.mark.parametrize("context", [torch.no_grad, torch.inference_mode])
-def test_can_be_made_where_no_gradient_is_wanted(context: type):
+def test_can_be_created_while_gradients_are_disabled(context: type):
     with context():
         backbone = Backbone(TEACHER, (1, 2))
     assert backbone.levels == Backbone(TEACHER, (1, 2)).levels
@@ -138,21 +138,21 @@ def test_can_be_made_where_no_gradient_is_wanted(context: type):
     ("name", "near"),
     [("resnet118", "resnet18"), ("reznet18.tv_in1k", "resnet18"), ("wideresnet50_2", "wide_resnet50_2")],
 )
-def test_unknown_teacher_is_answered_with_the_nearest_names(check, name: str, near: str):
-    message = rf"^teacher '{re.escape(name)}' is not a timm model\. Did you mean (?:.*, )?'{near}'.*\? Legal are the"
+def test_error_for_an_unknown_teacher_lists_the_nearest_names(check, name: str, near: str):
+    message = rf"^teacher '{re.escape(name)}' is not a timm model\. Did you mean (?:.*, )?'{near}'.*\? Supported: the"
     with pytest.raises(ArgumentError, match=message):
         check(name)
 
 
-def test_unknown_teacher_without_a_near_name():
-    with pytest.raises(ArgumentError, match=r"^teacher '\?' is not a timm model\. Legal are the backbones"):
+def test_error_for_an_unknown_teacher_without_a_near_name():
+    with pytest.raises(ArgumentError, match=r"^teacher '\?' is not a timm model\. Supported: the backbones"):
         check_teacher("?")
 
 
 @pytest.mark.parametrize("check", [check_teacher, lambda name: Backbone(name, (1, 2, 3))])
-def test_unknown_tag_is_answered_with_the_legal_ones(check):
+def test_error_for_an_unknown_tag_lists_the_supported_ones(check):
     message = re.escape(f"teacher '{TEACHER}x': timm has no pretrained tag 'r160_in1kx' for 'test_resnet'.")
-    with pytest.raises(ArgumentError, match=rf"^{message} Legal tags: \['r160_in1k'\]\.$"):
+    with pytest.raises(ArgumentError, match=rf"^{message} Supported tags: \['r160_in1k'\]\.$"):
         check(f"{TEACHER}x")
 
 
@@ -184,7 +184,7 @@ def test_layers_that_do_not_fit_are_refused(layers: list[int]):
         Backbone(TEACHER, layers)
 
 
-def test_number_of_levels_is_the_teachers():
+def test_error_names_the_teachers_number_of_levels():
     with pytest.raises(ArgumentError, match="it has 4 feature levels.*from 0 to 3"):
         Backbone("test_convnext", (1, 2, 4))
 
@@ -196,7 +196,7 @@ def test_model_without_features_only_is_refused(monkeypatch: pytest.MonkeyPatch)
             raise RuntimeError(msg)
         return nn.Flatten()
 
-    monkeypatch.setitem(_registry._model_entrypoints, "flat", flat)  # all of timm's own models have it today
+    monkeypatch.setitem(_registry._model_entrypoints, "flat", flat)  # all of timm's own models support it
     message = r"^teacher 'flat' does not support timm's `features_only`: features_only not implemented.* Choose another"
     with pytest.raises(ArgumentError, match=message):
         Backbone("flat", (0, 1))

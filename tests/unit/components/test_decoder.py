@@ -13,7 +13,7 @@ def levels(*strides: int, signed: bool = False) -> list[FeatureLevel]:
 
 
 def repeating(decoder: DecoderStudent) -> DecoderStudent:
-    """Make every stage repeat its first channel's pixels: shortcuts of ones, main paths of zeros, no batch norm."""
+    """Make each stage repeat the pixels of its first channel: shortcuts of ones, main paths of zeros, no batch norm."""
     for part in decoder.modules():
         if isinstance(part, nn.BatchNorm2d):
             part.eps = 0.0
@@ -28,12 +28,12 @@ def repeat(pixels: Tensor, factor: int) -> Tensor:
     return pixels.repeat_interleave(factor, dim=-2).repeat_interleave(factor, dim=-1)
 
 
-def test_size_at_resnet18():
+def test_parameter_count_for_resnet18():
     decoder = DecoderStudent(RESNET18)
     assert sum(parameter.numel() for parameter in decoder.parameters()) == 3_703_168
 
 
-def test_features_of_resnet18_come_shallow_to_deep():
+def test_features_of_resnet18_are_ordered_from_shallow_to_deep():
     features = DecoderStudent(RESNET18).eval()(torch.randn(1, 512, 4, 4), [(32, 32), (16, 16), (8, 8)])
     assert [tuple(level.shape) for level in features] == [(1, 64, 32, 32), (1, 128, 16, 16), (1, 256, 8, 8)]
 
@@ -58,7 +58,7 @@ def test_level_is_decoded_from_the_next_deeper_one():
 
 
 @pytest.mark.parametrize("sizes", [[(17, 21), (9, 11), (5, 6)], [(17, 23), (8, 11), (4, 5)], [(5, 4), (3, 2), (2, 1)]])
-def test_odd_sizes_are_met(sizes: list[tuple[int, int]]):
+def test_odd_sizes_are_matched(sizes: list[tuple[int, int]]):
     decoder = repeating(DecoderStudent(levels(4, 8, 16)))
     height, width = ((size + 1) // 2 for size in sizes[-1])
     embedding = torch.arange(2.0 * height * width).reshape(1, 2, height, width)
@@ -77,11 +77,11 @@ def test_signed_levels_can_be_negative_and_others_cannot():
     for stage in decoder.stages:
         stage[1].main[0].weight.data[0, 0, 1, 1] = 1.0
         stage[1].main[3].weight.data[0, 0, 1, 1] = -3.0  # x - 3 relu(x) = -2 x
-    # each stage's first block ends in a ReLU: give the last two stages' something positive to work on
+    # the first block of each stage ends in a ReLU: make the input of the last two stages positive
     for stage in decoder.stages[1:]:
         stage[0].shortcut[1].bias.data.fill_(7.0)
     features = decoder(torch.ones(1, 2, 1, 1), [(8, 8), (4, 4), (2, 2)])
-    # deepest: -2; then relu(-2 + 7) = 5, -2 * 5 = -10, cut to 0; then relu(0 + 7) = 7, -2 * 7 = -14
+    # deepest: -2; then relu(-2 + 7) = 5, -2 * 5 = -10, clipped to 0; then relu(0 + 7) = 7, -2 * 7 = -14
     assert [level.unique().tolist() for level in features] == [[-14.0], [0.0], [-2.0]]
 
 

@@ -14,7 +14,7 @@ def levels(*channels_and_strides: tuple[int, int]) -> list[FeatureLevel]:
 
 
 def settle(module: nn.Module) -> nn.Module:
-    """Make batch norms the identity and convolutions zero, so that a test can set those it means."""
+    """Make batch norms the identity and convolutions zero, so that a test can set the weights that it needs."""
     for part in module.modules():
         if isinstance(part, nn.BatchNorm2d):
             part.eps = 0.0
@@ -24,7 +24,7 @@ def settle(module: nn.Module) -> nn.Module:
 
 
 def set_center(conv: nn.Conv2d, matrix: list[list[float]]) -> None:
-    """Mix channels by ``matrix``, of a row an output, at the kernel's middle."""
+    """Mix channels by ``matrix``, with one row per output channel, at the center of the kernel."""
     conv.weight.data[:, :, conv.kernel_size[0] // 2, conv.kernel_size[1] // 2] = torch.tensor(matrix)
 
 
@@ -49,17 +49,17 @@ def test_width_is_twice_that_of_the_deepest_level():
         (3, 11_680_000 + 2 * 9 * 512 * 512 + 4 * 512),
     ],
 )
-def test_size_at_resnet18(blocks: int, expected: int):
+def test_parameter_count_for_resnet18(blocks: int, expected: int):
     assert parameters(DeepFeatureEmbedding(RESNET18, blocks)) == expected
     if blocks == 2:
         assert parameters(DeepFeatureEmbedding(RESNET18)) == expected
 
 
-def test_size_of_the_direct_embedding_at_resnet18():
+def test_parameter_count_of_the_direct_embedding_for_resnet18():
     assert parameters(DirectEmbedding(RESNET18)) == 9 * 256 * 512 + 2 * 512
 
 
-def test_levels_are_reduced_by_one_convolution_a_level_below():
+def test_levels_are_reduced_by_one_convolution_per_deeper_level():
     chains = [[block[0] for block in reduction] for reduction in DeepFeatureEmbedding(RESNET18).reductions]
     assert [[(c.in_channels, c.out_channels, c.kernel_size, c.stride) for c in chain] for chain in chains] == [
         [(64, 128, (3, 3), (2, 2)), (128, 256, (3, 3), (2, 2))],
@@ -68,7 +68,7 @@ def test_levels_are_reduced_by_one_convolution_a_level_below():
     ]
 
 
-def test_levels_meet_at_the_deepest_ones_pixels_in_their_order():
+def test_levels_are_concatenated_in_order_at_the_deepest_levels_pixels():
     embedding = settle(DeepFeatureEmbedding(ONE_CHANNEL, blocks=2))
     for reduction in embedding.reductions:
         for block in reduction:
@@ -97,7 +97,7 @@ def test_residual_stage_adds_its_main_path():
     assert embedding([features])[0, :, 0, 0].tolist() == [33.0, 0.0]
 
 
-def test_direct_embedding_reads_the_deepest_level_alone():
+def test_direct_embedding_reads_only_the_deepest_level():
     embedding = settle(DirectEmbedding(ONE_CHANNEL))
     set_center(embedding.reduction[0], [[1.0], [-1.0]])
     actual = embedding([torch.full((1, 1, 16, 16), torch.nan), torch.full((1, 1, 8, 8), torch.nan), ramp(4) - 5])
@@ -113,7 +113,7 @@ def test_direct_embedding_reads_the_deepest_level_alone():
         (levels((2, 2), (3, 16)), [2, 2, 2], [2, 3, 3, 3]),
     ],
 )
-def test_ratio_of_strides_sets_the_reductions(pair: list[FeatureLevel], strides: list[int], widths: list[int]):
+def test_ratio_of_strides_determines_the_reductions(pair: list[FeatureLevel], strides: list[int], widths: list[int]):
     embedding = settle(DeepFeatureEmbedding(pair, blocks=1))
     chain = [block[0] for block in embedding.reductions[0]]
     assert [conv.stride for conv in chain] == [(stride, stride) for stride in strides]
@@ -139,7 +139,7 @@ def test_ratio_of_strides_sets_the_reductions(pair: list[FeatureLevel], strides:
     ],
 )
 @pytest.mark.parametrize("embedding", [DeepFeatureEmbedding, DirectEmbedding])
-def test_odd_sizes_meet(embedding: type, sizes: list[tuple[int, int]], expected: tuple[int, int]):
+def test_odd_sizes_are_matched(embedding: type, sizes: list[tuple[int, int]], expected: tuple[int, int]):
     model = embedding(levels((2, 4), (3, 8), (4, 16))).eval()
     features = [torch.randn(2, channels, *size) for channels, size in zip((2, 3, 4), sizes, strict=True)]
     actual = model(features)
@@ -147,9 +147,9 @@ def test_odd_sizes_meet(embedding: type, sizes: list[tuple[int, int]], expected:
     assert actual.isfinite().all()
 
 
-def test_column_too_many_is_cut_off():
+def test_extra_columns_are_cropped():
     embedding = settle(DeepFeatureEmbedding(ONE_CHANNEL[1:], blocks=1))
     set_center(embedding.reductions[0][0][0], [[1.0]])
     set_center(embedding.residual[0].shortcut[0], [[1.0, 0.0], [0.0, 1.0]])
-    actual = embedding([ramp(9), ramp(4)])  # 9 becomes 5, of which 4 meet the deeper level
+    actual = embedding([ramp(9), ramp(4)])  # 9 is reduced to 5, which is cropped to the 4 of the deeper level
     assert actual[0].tolist() == [[[0.0, 4.0], [36.0, 40.0]], [[0.0, 2.0], [8.0, 10.0]]]

@@ -10,7 +10,7 @@ def image(values: list[list[float]]) -> Tensor:
 
 
 def settle(module: nn.Module) -> nn.Module:
-    """Make batch norms the identity and convolutions zero, so that a test can set those it means."""
+    """Make batch norms the identity and convolutions zero, so that a test can set the weights that it needs."""
     for part in module.modules():
         if isinstance(part, nn.BatchNorm2d):
             part.eps = 0.0
@@ -36,7 +36,7 @@ def set_center(conv: nn.Module, value: float = 1.0) -> None:
         ((1, 5), [[1, 2, 3, 3, 3]]),
     ],
 )
-def test_last_rows_and_columns_are_cut_or_repeated(size: tuple[int, int], expected: list[list[float]]):
+def test_last_rows_and_columns_are_cropped_or_repeated(size: tuple[int, int], expected: list[list[float]]):
     features = image([[1.0, 2.0, 3.0], [4.0, 5.0, 6.0]]).repeat(2, 3, 1, 1)
     actual = match_size(features, *size)
     assert actual.shape == (2, 3, *size)
@@ -70,7 +70,7 @@ def test_conv_block_is_convolution_then_norm_then_relu():
         (True, [[-1.0, 2.0], [-3.0, 0.0]]),
     ],
 )
-def test_identity_is_added_and_only_an_unsigned_block_cuts_it(signed: bool, expected: list[list[float]]):
+def test_identity_is_added_and_only_an_unsigned_block_clips_it(signed: bool, expected: list[list[float]]):
     block = settle(ResidualBlock.same(1, signed=signed))
     assert block(image([[-1.0, 2.0], [-3.0, 0.0]]))[0, 0].tolist() == expected
 
@@ -107,7 +107,7 @@ def test_down_of_stride_1_keeps_the_size():
     assert block(image([[1.0, 2.0], [-3.0, 4.0]]))[0, 0].tolist() == [[110.0, 220.0], [0.0, 440.0]]
 
 
-def test_down_sees_three_by_three_pixels_in_the_main_path_and_one_in_the_shortcut():
+def test_down_reads_three_by_three_pixels_in_the_main_path_and_one_in_the_shortcut():
     block = settle(ResidualBlock.down(1, 1))
     nn.init.ones_(block.main[0].weight)
     set_center(block.main[3])
@@ -142,14 +142,14 @@ def test_up_spreads_a_pixel_by_its_kernel():
         (ResidualBlock.up(128, 64, factor=2), 4 * 128 * 64 + 9 * 64 * 64 + 4 * 128 * 64 + 3 * 2 * 64),
     ],
 )
-def test_size(block: ResidualBlock, parameters: int):
+def test_parameter_count(block: ResidualBlock, parameters: int):
     assert sum(parameter.numel() for parameter in block.parameters()) == parameters
 
 
 @pytest.mark.parametrize(
     "block", [ResidualBlock.same(2), ResidualBlock.same(2, signed=True), ResidualBlock.down(2, 2), conv_block(2, 2)]
 )
-def test_input_is_left_as_it_was(block: nn.Module):
+def test_input_is_not_modified(block: nn.Module):
     features = torch.randn(2, 2, 4, 4)
     before = features.clone()
     block(features)

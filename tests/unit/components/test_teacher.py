@@ -31,15 +31,15 @@ def test_no_parameter_is_trainable(teacher: Teacher):
 
 
 def test_stays_in_evaluation_mode(teacher: Teacher):
-    around = nn.Sequential(teacher, nn.BatchNorm2d(1))
-    around.train()
-    assert around.training
+    enclosing = nn.Sequential(teacher, nn.BatchNorm2d(1))
+    enclosing.train()
+    assert enclosing.training
     assert not any(module.training for module in teacher.modules())
     assert teacher.train() is teacher
     assert not any(module.training for module in Teacher(TEACHER, LAYERS).modules())
 
 
-def test_training_of_the_model_around_it_changes_nothing(teacher: Teacher):
+def test_training_of_the_enclosing_model_changes_nothing(teacher: Teacher):
     before = {key: value.clone() for key, value in teacher.backbone.state_dict().items()}
     teacher.train()
     first, second = teacher(images()), teacher(images())
@@ -47,7 +47,7 @@ def test_training_of_the_model_around_it_changes_nothing(teacher: Teacher):
     torch.testing.assert_close(dict(teacher.backbone.state_dict()), before, rtol=0, atol=0)
 
 
-def test_features_carry_no_gradient(teacher: Teacher):
+def test_features_have_no_gradient(teacher: Teacher):
     features = teacher(images().requires_grad_())
     assert [tuple(level.shape) for level in features] == [(2, 32, 16, 16), (2, 48, 8, 8), (2, 192, 4, 4)]
     assert not any(level.requires_grad for level in features)
@@ -75,12 +75,12 @@ def test_still_raises_after_weights_that_do_not_fit(tmp_path: Path):
         teacher(images())
 
 
-def test_remembers_where_the_weights_came_from(teacher: Teacher, teacher_weights: Path):
+def test_origin_of_the_weights_is_recorded(teacher: Teacher, teacher_weights: Path):
     digest = hashlib.sha256(teacher_weights.read_bytes()).hexdigest()
     assert teacher.weights_origin == {"file": f"{TEACHER}.safetensors", "sha256": digest}
 
 
-def test_checkpoint_brings_weights_and_origin(teacher: Teacher, tmp_path: Path):
+def test_checkpoint_restores_weights_and_origin(teacher: Teacher, tmp_path: Path):
     torch.save(teacher.state_dict(), tmp_path / "checkpoint.pt")
     restored = Teacher(TEACHER, LAYERS)
     restored.load_state_dict(torch.load(tmp_path / "checkpoint.pt", weights_only=True))
@@ -88,7 +88,7 @@ def test_checkpoint_brings_weights_and_origin(teacher: Teacher, tmp_path: Path):
     torch.testing.assert_close(restored(images()), teacher(images()), rtol=0, atol=0)
 
 
-def test_checkpoint_of_a_teacher_without_weights_brings_none(teacher: Teacher):
+def test_checkpoint_of_a_teacher_without_weights_restores_none(teacher: Teacher):
     teacher.load_state_dict(Teacher(TEACHER, LAYERS).state_dict())
     with pytest.raises(TeacherWeightsError, match="has no pretrained weights yet"):
         teacher(images())

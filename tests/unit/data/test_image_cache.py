@@ -51,18 +51,18 @@ def test_memory_is_a_limit(data, read):
     assert len(read) == 3 + 3 * 5
 
 
-def test_workers_share_what_one_has_decoded(data):
+def test_workers_share_decoded_images(data):
     expected = [data.train_data[index].image for index in range(8)]
     cache_training_images(data, memory=1.0)
     loader = DataLoader(data.train_data, num_workers=2, collate_fn=data.train_data.collate_fn)
     for _ in loader:
         pass
-    assert data.train_data._states.tolist() == [1] * 8  # filled in the workers, seen here
+    assert data.train_data._states.tolist() == [1] * 8  # filled by the workers
     for batch, image in zip(loader, expected, strict=True):
         assert torch.equal(batch.image[0], image)
 
 
-def test_random_augmentations_are_never_frozen(data, caplog):
+def test_random_augmentations_are_never_cached(data, caplog):
     data.train_data.augmentations = v2.Compose([v2.Resize((32, 32)), v2.RandomHorizontalFlip()])
     with caplog.at_level(logging.INFO, "anomalib_dskd"):
         cache_training_images(data, memory=1.0)
@@ -78,7 +78,7 @@ def test_new_augmentations_empty_the_cache(data):
     assert data.train_data[0].image.shape == (3, 16, 16)
 
 
-def test_random_augmentations_of_a_later_training_are_not_frozen(data):
+def test_random_augmentations_of_a_later_training_run_are_not_cached(data):
     cache_training_images(data, memory=1.0)
     torch.manual_seed(0)
     data.train_data.augmentations = v2.Compose([v2.Resize((32, 32)), v2.RandomHorizontalFlip()])
@@ -88,28 +88,28 @@ def test_random_augmentations_of_a_later_training_are_not_frozen(data):
     assert not isinstance(data.train_data, CachedImages)
 
 
-def test_a_later_training_can_do_without(data):
+def test_cache_can_be_disabled_for_a_later_training_run(data):
     original = data.train_data
     cache_training_images(data, memory=1.0)
     cache_training_images(data, memory=0)
     assert data.train_data is original
 
 
-def test_items_that_have_more_than_an_image_are_read(data, monkeypatch):
+def test_items_with_depth_are_not_cached(data, monkeypatch):
     cached = CachedImages(data.train_data, memory=1.0)
     assert cached._images is not None
-    monkeypatch.setattr(image_cache, "ImageItem", DepthItem)  # as if the data set's items were of another class
+    monkeypatch.setattr(image_cache, "ImageItem", DepthItem)  # so that the data set's items are of another class
     assert CachedImages(data.train_data, memory=1.0)._images is None
 
 
-def test_what_is_done_to_an_item_does_not_reach_the_cache(data):
+def test_changing_an_item_does_not_change_the_cache(data):
     cache_training_images(data, memory=1.0)
     expected = data.train_data[0].image.clone()
     data.train_data[0].image.mul_(0)
     assert torch.equal(data.train_data[0].image, expected)
 
 
-def test_defects_are_always_read(data, read):
+def test_defective_images_are_always_read(data, read):
     cached = CachedImages(data.test_data, memory=1.0)
     defect = int(data.test_data.samples.index[data.test_data.samples.label_index == 1][0])
     read.clear()
@@ -118,24 +118,24 @@ def test_defects_are_always_read(data, read):
     assert len(read) == 2
 
 
-def test_everything_else_is_the_data_sets_own(data):
+def test_attributes_are_forwarded_to_the_data_set(data):
     original = data.train_data
     cache_training_images(data, memory=1.0)
-    cache_training_images(data, memory=1.0)  # twice is once
+    cache_training_images(data, memory=1.0)  # must not wrap the data set twice
     assert data.train_data.dataset is original
     assert data.train_data.task == original.task
     assert data.train_data.samples is original.samples
     assert len(data.train_data) == 8
 
 
-def test_a_copy_in_another_process_reads_for_itself(data):
+def test_pickled_copy_reads_the_files(data):
     cached = CachedImages(data.train_data, memory=1.0)
     copied = pickle.loads(pickle.dumps(cached))
     assert same(copied[3], cached[3])
     assert same(copied[3], cached[3])
 
 
-def test_no_memory_no_cache(data):
+def test_zero_memory_disables_the_cache(data):
     original = data.train_data
     cache_training_images(data, memory=0)
     assert data.train_data is original
@@ -152,5 +152,5 @@ def test_no_memory_no_cache(data):
         (v2.Lambda(lambda image: image), False),
     ],
 )
-def test_only_transforms_without_chance_are_deterministic(transform, expected):
+def test_only_known_transforms_are_deterministic(transform, expected):
     assert is_deterministic(transform) is expected

@@ -52,17 +52,17 @@ def test_defects_are_the_five_published_classes():
     assert DEFECTS == ("Blowhole", "Break", "Crack", "Fray", "Uneven")
 
 
-@pytest.mark.parametrize(("test_ratio", "kept"), [(0.1, 1), (0.2, 2), (0.3, 3), (0.5, 5), (0.9, 9)])
-def test_split_keeps_the_given_share_of_good_tiles_for_the_test(magnetic_tile_root, test_ratio, kept):
+@pytest.mark.parametrize(("test_ratio", "count"), [(0.1, 1), (0.2, 2), (0.3, 3), (0.5, 5), (0.9, 9)])
+def test_test_ratio_is_the_fraction_of_normal_tiles_in_the_test_set(magnetic_tile_root, test_ratio, count):
     data = set_up(magnetic_tile_root, test_ratio=test_ratio)
-    assert Counter(data.train_data.samples.label) == {"Free": 10 - kept}
-    assert Counter(data.test_data.samples.label) == {"Free": kept} | dict.fromkeys(DEFECTS, 2)
+    assert Counter(data.train_data.samples.label) == {"Free": 10 - count}
+    assert Counter(data.test_data.samples.label) == {"Free": count} | dict.fromkeys(DEFECTS, 2)
 
 
-def test_every_good_tile_is_in_exactly_one_split(magnetic_tile_root):
+def test_every_normal_tile_is_in_exactly_one_split(magnetic_tile_root):
     data = set_up(magnetic_tile_root)
-    good = [name for name in names(data.train_data) + names(data.test_data) if "MT_Free" in name]
-    assert sorted(good) == [f"MT_Free/Imgs/exp1_num_{index}.jpg" for index in range(10)]
+    normal = [name for name in names(data.train_data) + names(data.test_data) if "MT_Free" in name]
+    assert sorted(normal) == [f"MT_Free/Imgs/exp1_num_{index}.jpg" for index in range(10)]
 
 
 def test_same_seed_gives_the_same_split(magnetic_tile_root):
@@ -97,7 +97,7 @@ def test_split_does_not_depend_on_where_the_data_is(magnetic_tile_root, root):
     assert names(set_up(root).train_data) == names(set_up(magnetic_tile_root).train_data)
 
 
-def test_dataset_without_a_split_holds_everything(magnetic_tile_root):
+def test_dataset_without_a_split_has_all_images(magnetic_tile_root):
     dataset = MagneticTileDataset(magnetic_tile_root)
     assert Counter(dataset.samples.label) == {"Free": 10} | dict.fromkeys(DEFECTS, 2)
     assert Counter(dataset.samples.split) == {"train": 8, "test": 12}
@@ -111,8 +111,8 @@ def test_test_ratio_out_of_range_is_refused(tmp_path, test_ratio):
 
 
 @pytest.mark.parametrize("test_ratio", [0.01, 0.99])
-def test_test_ratio_that_empties_a_side_is_refused(magnetic_tile_root, test_ratio):
-    with pytest.raises(ArgumentError, match=f"test_ratio {test_ratio} leaves one side of 10 good tiles empty"):
+def test_test_ratio_that_empties_a_split_is_refused(magnetic_tile_root, test_ratio):
+    with pytest.raises(ArgumentError, match=f"test_ratio {test_ratio} puts all 10 normal tiles into one split"):
         set_up(magnetic_tile_root, test_ratio=test_ratio)
 
 
@@ -160,13 +160,13 @@ def test_defect_with_an_empty_mask_stays_anomalous(root):
     assert [int(item.gt_mask.sum()) for item in items] == [0, 0]
 
 
-def test_good_tile_has_a_zero_mask(magnetic_tile_root):
+def test_normal_tile_has_a_zero_mask(magnetic_tile_root):
     item = MagneticTileDataset(magnetic_tile_root, "train")[0]
     assert item.gt_label == 0
     assert torch.equal(torch.as_tensor(item.gt_mask).bool(), torch.zeros(item.image.shape[-2:], dtype=torch.bool))
 
 
-def test_good_tile_needs_no_mask_file(root):
+def test_normal_tile_needs_no_mask_file(root):
     for path in root.glob("MT_Free/Imgs/*.png"):
         path.unlink()
     data = set_up(root)
@@ -204,7 +204,7 @@ def test_data_module_gives_each_split_its_augmentations(magnetic_tile_root):
 # --- validation splits and batches ------------------------------------------------------------------------------
 
 
-def test_validation_same_as_test_holds_the_test_images(magnetic_tile_root):
+def test_validation_same_as_test_has_the_test_images(magnetic_tile_root):
     data = set_up(magnetic_tile_root)
     assert names(data.val_data) == names(data.test_data)
     labels = torch.cat([batch.gt_label for batch in data.val_dataloader()])
@@ -228,7 +228,7 @@ def test_validation_from_test_is_seeded(magnetic_tile_root):
     assert names(first.val_data) == names(second.val_data)
 
 
-def test_synthetic_validation_takes_good_tiles_from_the_training(magnetic_tile_root, tmp_path, monkeypatch):
+def test_synthetic_validation_takes_normal_tiles_from_the_training_set(magnetic_tile_root, tmp_path, monkeypatch):
     monkeypatch.setattr(synthetic, "ROOT", tmp_path)
     data = set_up(magnetic_tile_root, val_split_mode="synthetic", val_split_ratio=0.5)
     assert Counter(data.train_data.samples.label) == {"Free": 4}
@@ -236,8 +236,8 @@ def test_synthetic_validation_takes_good_tiles_from_the_training(magnetic_tile_r
     (batch,) = data.val_dataloader()
     assert batch.gt_label.sum() == 2
     assert not batch.gt_mask[~batch.gt_label.bool()].any()
-    kept = {path for path, label in zip(names(data.val_data), batch.gt_label, strict=True) if not label}
-    assert kept.isdisjoint(names(data.train_data))
+    normal = {path for path, label in zip(names(data.val_data), batch.gt_label, strict=True) if not label}
+    assert normal.isdisjoint(names(data.train_data))
     assert len(list(data.test_dataloader())) == 1
 
 
@@ -256,12 +256,11 @@ def test_train_and_test_loaders_give_every_image_once(magnetic_tile_root, mode):
 
 @pytest.mark.parametrize(
     ("mode", "why"),
-    [("none", "gives no validation images"), ("from_dir", "has no folder here"), ("sideways", "is unknown")],
+    [("none", "gives no validation images"), ("from_dir", "needs a validation folder"), ("sideways", "is unknown")],
 )
 def test_validation_without_images_is_refused(magnetic_tile_root, mode, why):
-    with pytest.raises(
-        ArgumentError, match=f"val_split_mode '{mode}' .*{why}.* Legal are .'same_as_test', 'from_train'"
-    ):
+    message = f"val_split_mode '{mode}' {why}.* Supported values: 'same_as_test', 'from_train'"
+    with pytest.raises(ArgumentError, match=message):
         MagneticTile(magnetic_tile_root, val_split_mode=mode)
 
 
@@ -276,7 +275,7 @@ def test_batch_fields(magnetic_tile_root):
     (batch,) = data.test_dataloader()
     samples = data.test_data.samples
     sizes = {pixels(path).shape for path in samples.image_path}
-    assert len(sizes) > 1  # the collate of anomalib's batches makes them one
+    assert len(sizes) > 1  # anomalib's collate function resizes them to one
     height, width = batch.image.shape[-2:]
     assert (height, width) in sizes
     assert batch.image.shape == (12, 3, height, width)
@@ -307,21 +306,23 @@ def test_missing_root_is_named(tmp_path):
 
 
 def test_empty_root_is_refused(tmp_path):
-    with pytest.raises(DataError, match=r"lacks MT_Free/Imgs, .*MT_Uneven/Imgs; it holds nothing\. Expected are"):
+    with pytest.raises(
+        DataError, match=r"does not contain MT_Free/Imgs, .*MT_Uneven/Imgs\. Found: nothing\. Expected folders"
+    ):
         set_up(tmp_path)
 
 
-def test_root_of_another_layout_is_told_what_it_holds(tmp_path):
+def test_contents_of_a_root_with_another_layout_are_named(tmp_path):
     for name in ("wood", "bottle"):
         (tmp_path / name / "train" / "good").mkdir(parents=True)
-    with pytest.raises(DataError, match=r"lacks MT_Free/Imgs, .*; it holds bottle, wood\. Expected are"):
+    with pytest.raises(DataError, match=r"does not contain MT_Free/Imgs, .*\. Found: bottle, wood\. Expected folders"):
         set_up(tmp_path)
 
 
 @pytest.mark.parametrize("label", CLASSES)
 def test_missing_class_is_named(root, label):
     shutil.rmtree(root / f"MT_{label}")
-    with pytest.raises(DataError, match=rf"lacks MT_{label}/Imgs; it holds MT_"):
+    with pytest.raises(DataError, match=rf"does not contain MT_{label}/Imgs\. Found: MT_"):
         set_up(root)
 
 
@@ -336,7 +337,7 @@ def test_class_without_images_is_named(root, label):
 
 def test_missing_mask_is_named(root):
     (root / "MT_Fray" / "Imgs" / "exp1_num_1.png").unlink()
-    with pytest.raises(DataError, match=r"MT_Fray/Imgs/exp1_num_1\.jpg' has no mask 'exp1_num_1\.png' beside it"):
+    with pytest.raises(DataError, match=r"MT_Fray/Imgs/exp1_num_1\.jpg' has no mask 'exp1_num_1\.png' next to it"):
         set_up(root)
 
 
@@ -377,7 +378,7 @@ def test_corrupt_image_is_named_when_a_worker_reads_it(root):
 def test_16_bit_image_is_named(root):
     path = root / "MT_Free" / "Imgs" / "exp1_num_4.jpg"
     Image.fromarray(np.full((20, 30), 300, dtype=np.uint16)).save(path, format="PNG")
-    with pytest.raises(DataError, match=r"MT_Free/Imgs/exp1_num_4\.jpg' has more than 8 bits a channel"):
+    with pytest.raises(DataError, match=r"MT_Free/Imgs/exp1_num_4\.jpg' has more than 8 bits per channel"):
         read_all(root)
 
 

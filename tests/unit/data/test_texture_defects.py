@@ -12,7 +12,7 @@ from anomalib_dskd.data.texture_defects import CATEGORIES, DEFECTS
 from anomalib_dskd.errors import ArgumentError, DataError
 
 SIDE = 128
-PROBE = 32  # pixels of a crop's first row that find it in the photograph
+PROBE = 32  # pixels of a crop's first row, by which it is found in the photograph
 
 
 def small(root, **arguments):
@@ -45,7 +45,7 @@ def photograph(folder):
 
 
 def places(crop, photo):
-    """Find where the photograph shows a crop whose first row is undamaged: the pixels there and their left edge."""
+    """Find a crop, by its first row without a defect, in the photograph; yield pixels and left edge of each match."""
     starts = np.lib.stride_tricks.sliding_window_view(photo[: -SIDE + 1, : PROBE - SIDE], PROBE, axis=1)
     for top, left in np.argwhere((starts == crop[0, :PROBE]).all(axis=-1)):
         window = photo[top : top + SIDE, left : left + SIDE]
@@ -59,16 +59,16 @@ def left_edges(paths, photo):
     return [lefts[0] for lefts in found]
 
 
-def damaged_crops(folder):
-    """Give each damaged crop with its mask, the photograph's pixels at its place, and their left edge."""
+def defective_crops(folder):
+    """Yield each defective crop with its mask, the photograph's pixels at its position, and their left edge."""
     photo = photograph(folder)
     for path in sorted(folder.glob("ground_truth/*/*_mask.png")):
         kind, mask = path.parent.name, read(path)
-        damaged = read(folder / "test" / kind / path.name.replace("_mask", ""))
-        assert not mask[0].any()  # so the first row tells the place
-        found = [(window, left) for window, left in places(damaged, photo) if (window == damaged)[mask == 0].all()]
+        defective = read(folder / "test" / kind / path.name.replace("_mask", ""))
+        assert not mask[0].any()  # so the first row has no defect
+        found = [(window, left) for window, left in places(defective, photo) if (window == defective)[mask == 0].all()]
         assert len(found) == 1, f"{path} fits {len(found)} places"
-        yield kind, damaged, mask, *found[0]
+        yield kind, defective, mask, *found[0]
 
 
 # --- what is written --------------------------------------------------------------------------------------------
@@ -85,16 +85,16 @@ def test_layout_is_that_of_mvtec(folder):
     )
 
 
-def test_parameters_are_written_beside_the_images(folder):
+def test_parameters_are_written_next_to_the_images(folder):
     written = json.loads((folder / "parameters.json").read_text())
     assert written == {"version": 1, "train_images": 6, "test_images": 12, "seed": 0}
 
 
-@pytest.mark.parametrize(("test_images", "damaged"), [(6, 3), (7, 3), (20, 10)])
-def test_half_of_the_test_crops_are_damaged(tmp_path, test_images, damaged):
+@pytest.mark.parametrize(("test_images", "defective"), [(6, 3), (7, 3), (20, 10)])
+def test_half_of_the_test_crops_are_defective(tmp_path, test_images, defective):
     folder = written(tmp_path, train_images=1, test_images=test_images)
-    good = len(list(folder.glob("test/good/*.png")))
-    assert (len(list(folder.glob("test/*/*.png"))) - good, good) == (damaged, test_images - damaged)
+    normal = len(list(folder.glob("test/good/*.png")))
+    assert (len(list(folder.glob("test/*/*.png"))) - normal, normal) == (defective, test_images - defective)
 
 
 @pytest.mark.parametrize("test_images", [6, 12])
@@ -114,32 +114,32 @@ def test_train_and_test_crops_come_from_disjoint_areas(folder):
     train = left_edges(sorted(folder.glob("train/good/*.png")), photo)
     test = left_edges(sorted(folder.glob("test/good/*.png")), photo)
     assert (len(train), len(test)) == (6, 6)
-    damaged = [left for *_, left in damaged_crops(folder)]
-    assert max(train) + SIDE <= min(test + damaged)
+    defective = [left for *_, left in defective_crops(folder)]
+    assert max(train) + SIDE <= min(test + defective)
     assert len(set(train)) > 1
     assert len(set(test)) > 1
 
 
-def test_masks_hold_exactly_the_pixels_that_differ(folder):
-    crops = list(damaged_crops(folder))
+def test_masks_mark_exactly_the_pixels_that_differ(folder):
+    crops = list(defective_crops(folder))
     assert len(crops) == 6
-    for kind, damaged, mask, original, _ in crops:
-        assert np.array_equal(damaged != original, mask == 255), kind
+    for kind, defective, mask, original, _ in crops:
+        assert np.array_equal(defective != original, mask == 255), kind
         assert 0.005 < (mask == 255).mean() < 0.1, kind
 
 
 def test_stains_are_darker(folder):
-    for kind, damaged, mask, original, _ in damaged_crops(folder):
+    for kind, defective, mask, original, _ in defective_crops(folder):
         if kind == "stain":
             inside = (mask == 255) & (original > 1)
-            share = damaged[inside].sum() / original[inside].sum()
-            assert 0.33 < share < 0.61
+            brightness = defective[inside].sum() / original[inside].sum()
+            assert 0.33 < brightness < 0.61
 
 
 def test_scratches_are_of_one_gray(folder):
-    for kind, damaged, mask, _, _ in damaged_crops(folder):
+    for kind, defective, mask, _, _ in defective_crops(folder):
         if kind == "scratch":
-            grays = damaged[mask == 255].astype(int)
+            grays = defective[mask == 255].astype(int)
             paint = int(np.median(grays))
             assert paint in (25, 235)
             assert np.abs(grays - paint).max() <= 1
@@ -148,11 +148,11 @@ def test_scratches_are_of_one_gray(folder):
 def test_foreign_texture_is_the_next_category(folder):
     other = getattr(skimage.data, CATEGORIES[(CATEGORIES.index(folder.name) + 1) % 3])()
     windows = np.lib.stride_tricks.sliding_window_view(other, 8, axis=1)
-    for kind, damaged, mask, original, _ in damaged_crops(folder):
+    for kind, defective, mask, original, _ in defective_crops(folder):
         if kind == "foreign":
             row = int((mask == 255).sum(axis=1).argmax())
             left = int(np.flatnonzero(mask[row])[0])
-            run = damaged[row, left : left + 8]
+            run = defective[row, left : left + 8]
             assert (mask[row, left : left + 8] == 255).all()
             near = np.abs(windows.astype(int) - run).max(axis=-1) <= 1  # one gray level where both are the same
             assert near.any()
@@ -160,7 +160,7 @@ def test_foreign_texture_is_the_next_category(folder):
 
 
 @pytest.mark.parametrize("seed", range(20))
-def test_blobs_and_strokes_have_the_sizes_that_they_say(seed):
+def test_blobs_and_strokes_have_the_documented_sizes(seed):
     blob, stroke = (shape(np.random.default_rng(seed)) for shape in (texture_defects._blob, texture_defects._stroke))
     assert 0.065 < np.sqrt(blob.sum() / np.pi) / SIDE < 0.135  # as the radius of a disk
     assert not blob[:8].any() | blob[-8:].any() | blob[:, :8].any() | blob[:, -8:].any()
@@ -169,11 +169,11 @@ def test_blobs_and_strokes_have_the_sizes_that_they_say(seed):
     assert stroke[1:-1, 1:-1].sum() == stroke.sum() > 3 * 0.29 * SIDE
 
 
-def test_painting_is_that_of_version_1(tmp_path):
-    """Whoever changes the painting raises ``VERSION``, so that crops of before are not taken for new ones."""
+def test_defects_are_those_of_version_1(tmp_path):
+    """If this fails after a change of the defects, increase ``VERSION``: existing crops must not be reused."""
     assert texture_defects.VERSION == 1
     folder = written(tmp_path, category="brick")
-    expected = {  # pixels of the defect, its centre, and its mean gray
+    expected = {  # pixels of the defect, its center, and its mean gray
         "stain/000": (548, (96.9, 87.9), 51.2),
         "scratch/001": (317, (73.0, 47.0), 235.0),
         "foreign/002": (773, (50.0, 60.4), 107.2),
@@ -181,10 +181,10 @@ def test_painting_is_that_of_version_1(tmp_path):
         "scratch/004": (299, (55.0, 71.0), 25.0),
         "foreign/005": (718, (36.9, 37.7), 100.7),
     }
-    for name, (pixels, centre, gray) in expected.items():
+    for name, (pixels, center, gray) in expected.items():
         mask = read(folder / "ground_truth" / f"{name}_mask.png") > 0
         assert mask.sum() == pytest.approx(pixels, abs=3)  # rounding may differ between processors
-        assert np.argwhere(mask).mean(axis=0) == pytest.approx(centre, abs=0.2)
+        assert np.argwhere(mask).mean(axis=0) == pytest.approx(center, abs=0.2)
         assert read(folder / "test" / f"{name}.png")[mask].mean() == pytest.approx(gray, abs=1)
 
 
@@ -203,7 +203,7 @@ def test_another_seed_writes_other_crops(folder, tmp_path):
     assert same == []
 
 
-def test_more_test_images_leave_the_train_crops_as_they_are(tmp_path):
+def test_number_of_test_images_does_not_change_the_training_crops(tmp_path):
     few, many = (written(tmp_path / str(count), test_images=count) for count in (6, 12))
     for index in range(6):
         name = f"train/good/{index:03d}.png"
@@ -214,7 +214,7 @@ def test_more_test_images_leave_the_train_crops_as_they_are(tmp_path):
 
 
 @pytest.mark.parametrize("mode", ["same_as_test", "from_test"])
-def test_loaders_give_the_written_images(tmp_path, mode):
+def test_data_loaders_return_the_written_images(tmp_path, mode):
     data = small(tmp_path, val_split_mode=mode)
     data.prepare_data()
     data.setup()
@@ -241,38 +241,40 @@ def test_existing_folder_is_reused(tmp_path):
     assert {path: path.stat().st_mtime_ns for path in folder.rglob("*")} == before
 
 
-def test_categories_live_beside_each_other(tmp_path):
+def test_categories_have_separate_folders(tmp_path):
     for category in CATEGORIES:
         written(tmp_path, category=category)
     assert sorted(path.name for path in tmp_path.iterdir()) == sorted(CATEGORIES)
 
 
 @pytest.mark.parametrize("other", [{"seed": 1}, {"train_images": 7}, {"test_images": 13}])
-def test_folder_made_with_other_parameters_is_refused_and_left_alone(tmp_path, other):
+def test_folder_with_other_parameters_is_refused_and_not_changed(tmp_path, other):
     folder = written(tmp_path)
     before = contents(folder)
     (name, value), made = next(iter(other.items())), "'version': 1, 'train_images': 6, 'test_images': 12, 'seed': 0"
     message = (
-        rf"folder {re.escape(repr(str(folder)))} holds crops made with {{{made}}}, not with .*'{name}': {value}.*"
-        r"Remove the folder, or give another --data\.root"
+        rf"folder {re.escape(repr(str(folder)))} contains crops made with {{{made}}}, not crops made with .*"
+        rf"'{name}': {value}.*Remove the folder, or give another --data\.root"
     )
     with pytest.raises(DataError, match=message):
         written(tmp_path, **other)
     assert contents(folder) == before
 
 
-def test_folder_with_other_data_is_refused_and_left_alone(tmp_path):
+def test_folder_with_other_data_is_refused_and_not_changed(tmp_path):
     mine = tmp_path / "brick" / "train" / "good" / "mine.png"
     mine.parent.mkdir(parents=True)
     mine.write_bytes(b"mine")
-    with pytest.raises(DataError, match=r"brick' holds other data, not with .* Remove the folder, or give another"):
+    with pytest.raises(
+        DataError, match=r"brick' contains other data, not crops made with .* Remove the folder, or give another"
+    ):
         written(tmp_path)
     assert contents(tmp_path) == {"brick/train/good/mine.png": b"mine"}
 
 
-def test_file_in_the_folders_place_is_refused(tmp_path):
+def test_file_instead_of_the_folder_is_refused(tmp_path):
     (tmp_path / "brick").write_text("a file")
-    with pytest.raises(DataError, match="brick' holds other data"):
+    with pytest.raises(DataError, match="brick' contains other data"):
         written(tmp_path)
 
 
@@ -289,7 +291,7 @@ def test_folder_with_an_unreadable_parameters_file_is_refused(tmp_path, content)
 @pytest.mark.parametrize(
     ("error", "seen"), [(KeyboardInterrupt(), KeyboardInterrupt), (OSError("no space left on device"), DataError)]
 )
-def test_interrupted_writing_leaves_no_half_data_set(tmp_path, monkeypatch, error, seen):
+def test_interrupted_writing_leaves_no_incomplete_data_set(tmp_path, monkeypatch, error, seen):
     save, saved = texture_defects._save, []
 
     def save_some(path, pixels):
@@ -308,7 +310,7 @@ def test_interrupted_writing_leaves_no_half_data_set(tmp_path, monkeypatch, erro
     assert len(contents(written(tmp_path))) == 6 + 12 + 6 + 1
 
 
-def test_error_while_writing_is_told(tmp_path, monkeypatch):
+def test_error_while_writing_is_reported(tmp_path, monkeypatch):
     def save_nothing(_path, _pixels):
         raise OSError("no space left on device")
 
@@ -331,7 +333,9 @@ def test_root_that_cannot_be_a_folder_is_named(tmp_path, name):
 
 
 def test_unknown_category_is_refused(tmp_path):
-    with pytest.raises(ArgumentError, match=r"category 'bottle' is unknown\. Legal are brick, grass, gravel"):
+    with pytest.raises(
+        ArgumentError, match=r"category 'bottle' is not supported\. Supported values: 'brick', 'grass', 'gravel'"
+    ):
         small(tmp_path, category="bottle")
 
 

@@ -10,6 +10,7 @@ import pytest
 import torch
 from anomalib.models import get_model, list_models
 from anomalib.models.components import AnomalibModule
+from jsonargparse import ArgumentParser
 from lightning import Callback
 from lightning.pytorch.callbacks import EMAWeightAveraging, StochasticWeightAveraging, WeightAveraging
 from torchvision.transforms.v2 import RandomHorizontalFlip, Transform
@@ -17,7 +18,9 @@ from torchvision.transforms.v2 import RandomHorizontalFlip, Transform
 from anomalib_dskd import Afkd, Dskd, Dtgd, MagneticTile, Tad
 from anomalib_dskd.components.teacher import Teacher
 from anomalib_dskd.errors import ArgumentError, NotTrainedError
-from anomalib_dskd.models.distillation.lightning_model import DistillationMixin
+from anomalib_dskd.models.distillation.callbacks import EvaluationWeights
+from anomalib_dskd.models.distillation.lightning_model import DistillationModule
+from anomalib_dskd.models.distillation.resuming import constructor_defaults
 from tests.conftest import TEACHER, differing, engine
 
 ARGUMENTS = {Afkd: {}, Dskd: {}, Dtgd: {}, Tad: {"assistant": "test_efficientnet"}}
@@ -74,31 +77,45 @@ def test_anomalib_finds_the_model_by_name(kind):
 
 @every_model
 def test_every_argument_is_documented(kind):
-    arguments = set(inspect.signature(kind).parameters)
-    documented = inspect.getdoc(kind)
-    assert all(f"\n    {name}: " in documented for name in arguments)
+    own, shared = (set(inspect.signature(each).parameters) - {"kwargs"} for each in (kind, DistillationModule))
+    for documented, arguments in ((inspect.getdoc(kind), own), (inspect.getdoc(DistillationModule), shared)):
+        assert arguments
+        assert all(f"\n    {name}: " in documented for name in arguments)
+    assert "lightning_model.DistillationModule` documents" in inspect.getdoc(kind)
+    assert own | shared == set(constructor_defaults(kind))
+    assert not own & shared
+
+
+@every_model
+def test_help_of_the_command_shows_every_argument(kind):
+    parser = ArgumentParser()
+    parser.add_class_arguments(kind, "model")
+    told = parser.format_help()
+    for name, default in constructor_defaults(kind).items():
+        assert f"--model.{name}" in told
+        assert parser.get_defaults()[f"model.{name}"] == default
+    for text in ("timm backbone that supports", "standard deviation of the anomaly map's", "decay of an exponential"):
+        assert text in told
+
+
+@every_model
+def test_misspelled_argument_is_refused(kind):
+    with pytest.raises(TypeError, match="unexpected keyword argument 'sigmas'"):
+        kind(sigmas=3.0)
 
 
 @pytest.mark.parametrize("kind", [Afkd, Dtgd, Tad], ids=lambda kind: kind.__name__)
 def test_siblings_say_where_they_come_from(kind):
-    told = " ".join(inspect.getdoc(kind).split())
-    assert "Reimplemented from the abstract of " in told
-    assert "the authors' code and text were not seen; their figures are not claimed." in told
-
-
-@every_model
-def test_what_all_models_take_has_one_default(kind):
-    shared = inspect.signature(Dskd).parameters
-    own = {name: value.default for name, value in inspect.signature(kind).parameters.items() if name in shared}
-    assert {"teacher", "layers", "sigma", "learning_rate", "schedule", "betas", "seed", "teacher_cache"} <= set(own)
-    assert own == {name: shared[name].default for name in own}
+    documented = " ".join(inspect.getdoc(kind).split())
+    assert "Reimplemented from the abstract of " in documented
+    assert "the authors' code and text were not seen; their results are not claimed." in documented
 
 
 @every_model
 def test_arguments_of_the_map_and_of_the_training_are_arguments(kind):
-    arguments = set(inspect.signature(kind).parameters)
+    arguments = set(constructor_defaults(kind))
     assert {"sigma"} <= kind.map_only <= arguments
-    assert DistillationMixin.training_only <= kind.training_only <= arguments
+    assert DistillationModule.training_only <= kind.training_only <= arguments
     assert not kind.map_only & kind.training_only
 
 
@@ -138,16 +155,16 @@ def test_test_predict_and_resume_without_weights_file(trained, magnetic_tile_roo
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")
         tested, predicting, resumed = (build(type(model), "gone.safetensors") for _ in range(3))
-        (figures,) = engine(tmp_path / "test").test(tested, datamodule=data, ckpt_path=checkpoint)
+        (metrics,) = engine(tmp_path / "test").test(tested, datamodule=data, ckpt_path=checkpoint)
         predictions = engine(tmp_path / "predict").predict(predicting, datamodule=data, ckpt_path=checkpoint)
-        if not resumed.planned:
+        if not resumed.schedule_arguments:
             engine(tmp_path / "resume", max_epochs=3).fit(resumed, datamodule=data, ckpt_path=checkpoint)
-    assert set(figures) == {"image_AUROC", "image_F1Score", "pixel_AUROC", "pixel_F1Score", "pixel_AUPRO"}
+    assert set(metrics) == {"image_AUROC", "image_F1Score", "pixel_AUROC", "pixel_F1Score", "pixel_AUPRO"}
     scores = torch.cat([batch.pred_score for batch in predictions])
     assert len(scores) == 12
     assert scores.isfinite().all()
     assert len(scores.unique()) > 1
-    assert resumed.planned or resumed.current_epoch == 3
+    assert resumed.schedule_arguments or resumed.current_epoch == 3
 
 
 class StopInThirdEpoch(Callback):
@@ -175,9 +192,9 @@ def test_a_resumed_training_ends_with_the_same_weights(
     (checkpoint,) = (tmp_path / "stopped").rglob("v0/**/model.ckpt")
     resumed = build(kind, "gone.safetensors", ema_decay=ema_decay)
     fit(resumed, magnetic_tile_root, tmp_path / "resumed", checkpoint=checkpoint, **common)
-    learnt = tuple(f"{part}." for part in ("model", *kind.training_parts))
+    learned = tuple(f"{part}." for part in ("model", *kind.training_components))
     first, second = (
-        {name: value for name, value in model.state_dict().items() if name.startswith(learnt)}
+        {name: value for name, value in model.state_dict().items() if name.startswith(learned)}
         for model in (through, resumed)
     )
     assert len(first) > 100
@@ -185,23 +202,23 @@ def test_a_resumed_training_ends_with_the_same_weights(
 
 
 class RecordWeights(Callback):
-    """Notes the trained weights after each of the optimiser's steps."""
+    """Notes the trained weights after each of the optimizer's steps."""
 
     def __init__(self) -> None:
         self.steps = []
 
     def on_train_batch_end(self, trainer, pl_module, outputs, batch, batch_idx):  # noqa: ARG002
         if trainer.global_step > len(self.steps):
-            learnt = {name: weight for name, weight in pl_module.model.named_parameters() if weight.requires_grad}
-            self.steps.append({name: weight.detach().clone() for name, weight in learnt.items()})
+            learned = {name: weight for name, weight in pl_module.model.named_parameters() if weight.requires_grad}
+            self.steps.append({name: weight.detach().clone() for name, weight in learned.items()})
 
 
 def averaged(steps: list[dict[str, torch.Tensor]], decay: float) -> dict[str, torch.Tensor]:
     """What the weights after each step come to."""
     average = steps[0]
-    for number, learnt in enumerate(steps[1:], start=1):
+    for number, learned in enumerate(steps[1:], start=1):
         share = min(decay, number / (number + 9))
-        average = {name: share * average[name] + (1 - share) * learnt[name] for name in learnt}
+        average = {name: share * average[name] + (1 - share) * learned[name] for name in learned}
     return average
 
 
@@ -227,7 +244,7 @@ def test_images_are_scored_with_averaged_weights_and_training_does_not_notice(
     for name, weights in expected.items():
         torch.testing.assert_close(model.model.get_parameter(name).detach(), weights, msg=name)
         assert torch.equal(saved[f"model.{name}"], model.model.get_parameter(name)), name
-    assert model.weight_average is None
+    assert [part.average for part in model.trainer.callbacks if isinstance(part, EvaluationWeights)] == [None]
 
 
 class SaveAndStop(Callback):
@@ -354,13 +371,13 @@ def test_a_training_goes_on_with_or_without_averaged_weights(magnetic_tile_root,
             assert set(scored) == set(expected)
             for name, weights in expected.items():
                 torch.testing.assert_close(scored[name], weights, msg=name)
-    assert all(not differing(last["off", "off"], learnt) for learnt in last.values())
+    assert all(not differing(last["off", "off"], learned) for learned in last.values())
 
 
 def test_checkpoint_of_other_arguments_is_refused(trained, magnetic_tile_root, tmp_path):
     model, checkpoint = trained
     other = build(type(model), None, sigma=3.0)
-    with pytest.raises(ArgumentError, match="trained with other arguments: sigma: 2.0 there, 3.0 here"):
+    with pytest.raises(ArgumentError, match="trained with other arguments: sigma: checkpoint has 2.0, model has 3.0"):
         engine(tmp_path).test(other, datamodule=MagneticTile(magnetic_tile_root), ckpt_path=checkpoint)
 
 
@@ -372,7 +389,7 @@ def test_no_result_before_training(kind, magnetic_tile_root, teacher_weights, tm
         for purpose in ("test", "validate"):
             with pytest.raises(
                 NotTrainedError,
-                match=f"cannot {purpose}: what scores images has not been trained in this {kind.__name__}",
+                match=f"cannot {purpose}: the networks of this {kind.__name__} that score images have not been trained",
             ):
                 getattr(engine(tmp_path), purpose)(model, datamodule=MagneticTile(magnetic_tile_root))
     with pytest.raises(NotTrainedError, match="cannot export"):
@@ -434,7 +451,7 @@ def test_two_trainings_with_one_seed_give_the_same_weights(kind, magnetic_tile_r
         ({"weight_decay": -1.0}, "weight_decay -1.0"),
         ({"learning_rate": 0.0}, "learning_rate 0.0 must be a finite number larger than 0"),
         ({"betas": (0.5, 1.0)}, r"betas \(0.5, 1.0\) must be two numbers"),
-        ({"schedule": "cosine"}, "schedule 'cosine' must be 'constant' or 'one_cycle'"),
+        ({"schedule": "cosine"}, "schedule 'cosine' is not supported. Supported values: 'constant', 'one_cycle'"),
         ({"batch_norm_images": -1}, "batch_norm_images -1 must be a whole number of images"),
         ({"ema_decay": 1.0}, "ema_decay 1.0 must be a number from 0, for no average, up to, not including, 1"),
         ({"ema_decay": -0.5}, "ema_decay -0.5 must be a number from 0"),
@@ -453,7 +470,7 @@ def test_illegal_arguments_of_all_say_what_is_legal(kind, arguments, message):
 @pytest.mark.parametrize(
     ("kind", "arguments", "message"),
     [
-        (Afkd, {"fusion": "mean"}, "fusion 'mean' must be 'learned' or 'equal'"),
+        (Afkd, {"fusion": "mean"}, "fusion 'mean' is not supported. Supported values: 'learned', 'equal'"),
         (Afkd, {"embedding_blocks": 0}, "embedding_blocks 0 must be 1 or larger"),
         (Dtgd, {"embedding_blocks": 0}, "embedding_blocks 0 must be 1 or larger"),
         (Dtgd, {"margin": 1.0}, "margin 1.0 must be a cosine from -1 up to, not including, 1"),
@@ -465,8 +482,8 @@ def test_illegal_arguments_of_all_say_what_is_legal(kind, arguments, message):
         (Tad, {"inverse_weight": float("inf")}, "inverse_weight inf must be a finite number"),
         (Tad, {"assistant_share": 0.0}, "assistant_share 0.0 must be a share of the epochs larger than 0 and smaller"),
         (Tad, {"assistant_share": 1.0}, "assistant_share 1.0 must be a share"),
-        (Tad, {"guidance": "none"}, "guidance 'none' must be 'learned' or 'equal'"),
-        (Tad, {"assistant": TEACHER}, "has the teacher's architecture, and would know nothing else. Give a backbone"),
+        (Tad, {"guidance": "none"}, "guidance 'none' is not supported. Supported values: 'learned', 'equal'"),
+        (Tad, {"assistant": TEACHER}, "has the teacher's architecture, and would teach nothing else. Give a backbone"),
         (Tad, {"assistant": "efficientnet_light"}, "assistant 'efficientnet_light' is not a timm model. Did you mean"),
         (Tad, {"assistant_layers": [1, 2]}, r"assistant_layers \[1, 2\] must be as many as the teacher's layers, 3"),
         (Tad, {"assistant_layers": []}, r"assistant_layers \[\] must be as many as the teacher's layers, 3"),
@@ -474,7 +491,7 @@ def test_illegal_arguments_of_all_say_what_is_legal(kind, arguments, message):
         (
             Tad,
             {"assistant": "test_vit3", "assistant_layers": [0, 1, 2]},
-            r"64x64 pixels: the assistant 'test_vit3' takes \(160, 160\) alone",
+            r"64x64 pixels: the assistant 'test_vit3' supports only \(160, 160\)",
         ),
     ],
 )

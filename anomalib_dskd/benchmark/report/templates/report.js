@@ -1,5 +1,5 @@
 "use strict";
-// A click on a heading sorts its table: numbers by their full value, texts as people do; what has no value comes last.
+// A click on a heading sorts its table: numbers by their unrounded value, texts in natural order, missing values last.
 for (const table of document.querySelectorAll("table.sortable")) {
   const body = table.tBodies[0];
   const headings = [...table.tHead.rows[0].cells];
@@ -28,7 +28,7 @@ function sorted(rows, index, sign) {
     .map(({ row }) => row);
 }
 
-// Paper cannot unfold.
+// Unfold all tables for printing.
 addEventListener("beforeprint", () => {
   for (const folded of document.querySelectorAll("details:not([open])")) {
     folded.open = true;

@@ -11,23 +11,24 @@ import pytest
 from PIL import Image
 from sklearn.metrics import roc_auc_score
 
+from anomalib_dskd.benchmark.job_result import JobResult
 from anomalib_dskd.benchmark.report import paper
 from anomalib_dskd.benchmark.report.gallery import OUTLINE, SIDE, make_gallery, share_below
 from anomalib_dskd.benchmark.report.scatter import Point, draw_accuracy_against_latency
-from anomalib_dskd.benchmark.report.tables import AUPRO, IMAGE_AUROC, summarise
+from anomalib_dskd.benchmark.report.tables import AUPRO, IMAGE_AUROC, summarize
 from anomalib_dskd.benchmark.report.write_report import write_report
 from anomalib_dskd.errors import ArgumentError, DataError
 
 HOSTILE = '<b>&"x'
-NO_FIGURE = "\N{EN DASH}"  # of the paper
+NO_RESULT = "\N{EN DASH}"  # the paper has none
 CLASS_PATHS = {"DSKD": "anomalib_dskd.Dskd", "PaDiM": "anomalib.models.Padim", "STFPM": "anomalib.models.Stfpm"}
 
 
-# --- run folders in small ----------------------------------------------------------------------------------------
+# --- small run folders ------------------------------------------------------------------------------------------
 
 
 def failed(model="DSKD", data="MagneticTile", category=None, seed=0, *, reason="out of memory", **changes) -> dict:
-    """What a job writes that did not get far."""
+    """The settings of a job, and the reason why it failed."""
     job = hashlib.sha256(repr((model, data, category, seed)).encode()).hexdigest()[:12]
     return {
         "job": job,
@@ -56,7 +57,7 @@ def done(
     return {
         **failed(model, data, category, seed, reason=None),
         "status": "done",
-        "figures": {"image_AUROC": image, "image_F1": 0.85, "pixel_AUROC": pixel, "AUPRO": aupro},
+        "metrics": {"image_AUROC": image, "image_F1": 0.85, "pixel_AUROC": pixel, "AUPRO": aupro},
         "classes": {},
         "training": {"fit_seconds": 100.0, "epochs": 30, "images": 762, "images_per_second": 40.0},
         "speed": {
@@ -81,6 +82,10 @@ def done(
     }
 
 
+def parsed(*records: dict) -> list[JobResult]:
+    return [JobResult.from_json(json.dumps(record)) for record in records]
+
+
 def write_run(folder, *records, tail=""):
     folder.mkdir(exist_ok=True)
     (folder / "results.jsonl").write_text("".join(json.dumps(record) + "\n" for record in records) + tail)
@@ -89,7 +94,7 @@ def write_run(folder, *records, tail=""):
 
 
 def write_predictions(folder, record, images, *, maps=True, masks=True, size=(8, 8)):
-    """Images as ``(path, label, kind, score)``; a defect's map and mask are hot in the upper left quarter."""
+    """Images as ``(path, label, kind, score)``; maps and masks of defects are 1 in the upper left quarter."""
     paths, labels, kinds, scores = zip(*images, strict=True)
     hot = np.zeros(size)
     hot[: size[0] // 2, : size[1] // 2] = 1
@@ -106,7 +111,7 @@ def write_predictions(folder, record, images, *, maps=True, masks=True, size=(8,
 
 
 def small_run(folder):
-    """Two seeds, two data sets, categories, kinds of defect, failures, hostile names, images, and some gone."""
+    """Two seeds and data sets, categories, kinds of defect, failures, hostile names, and images, some missing."""
     photographs = []
     for index, kind in enumerate(["good", "good", "Crack", "Crack", HOSTILE, "Crack"]):
         path = folder / f"image_{index}.png"
@@ -160,40 +165,40 @@ def column(table, name) -> dict[str, str]:
     return {row[0]: row[table[0].index(name)] for row in table[1:]}
 
 
-# --- means, spreads and the best ---------------------------------------------------------------------------------
+# --- means, standard deviations and the best ---------------------------------------------------------------------
 
 
-def test_mean_is_over_seeds_then_categories_and_spread_over_the_seeds_means():
+def test_mean_is_over_seeds_then_categories_and_std_over_the_means_of_seeds():
     records = [
         done(category="a", seed=0, image=0.8),
         done(category="b", seed=0, image=0.6),
         done(category="a", seed=1, image=0.9),
         done(category="b", seed=1, image=0.9),
     ]
-    summary = summarise(records, IMAGE_AUROC)
+    summary = summarize(parsed(*records), IMAGE_AUROC)
     assert summary.mean == pytest.approx((0.85 + 0.75) / 2)
-    assert summary.spread == pytest.approx(math.sqrt(((0.7 - 0.8) ** 2 + (0.9 - 0.8) ** 2) / (2 - 1)))
-    assert summary.category_spread == pytest.approx(math.sqrt(((0.85 - 0.8) ** 2 + (0.75 - 0.8) ** 2) / (2 - 1)))
+    assert summary.std == pytest.approx(math.sqrt(((0.7 - 0.8) ** 2 + (0.9 - 0.8) ** 2) / (2 - 1)))
+    assert summary.category_std == pytest.approx(math.sqrt(((0.85 - 0.8) ** 2 + (0.75 - 0.8) ** 2) / (2 - 1)))
     assert summary.categories == {"a", "b"}
 
 
-def test_a_seed_that_lacks_a_category_counts_for_its_categories_and_not_for_the_spread():
+def test_a_seed_without_all_categories_counts_in_the_mean_and_not_in_the_std():
     records = [done(category="a", seed=seed, image=image) for seed, image in enumerate((0.8, 0.9, 1.0))]
     records += [done(category="b", seed=0, image=0.5), done(category="b", seed=1, image=0.7), failed("DSKD", seed=2)]
-    summary = summarise(records, IMAGE_AUROC)
+    summary = summarize(parsed(*records), IMAGE_AUROC)
     assert summary.mean == pytest.approx((0.9 + 0.6) / 2)
-    assert summary.spread == pytest.approx(np.std([0.65, 0.8], ddof=1))
-    assert summarise(records[:1] + records[3:4], IMAGE_AUROC).spread is None
+    assert summary.std == pytest.approx(np.std([0.65, 0.8], ddof=1))
+    assert summarize(parsed(*records[:1], *records[3:4]), IMAGE_AUROC).std is None
 
 
 def test_what_was_not_measured_has_no_mean():
-    assert summarise([done(aupro=None), done(seed=1, aupro=float("nan"))], AUPRO).mean is None
-    assert not summarise([done(aupro=None)], AUPRO).is_failed
-    assert summarise([failed()], AUPRO).is_failed
-    assert not summarise([], AUPRO).is_failed
+    assert summarize(parsed(done(aupro=None), done(seed=1, aupro=float("nan"))), AUPRO).mean is None
+    assert not summarize(parsed(done(aupro=None)), AUPRO).is_failed
+    assert summarize(parsed(failed()), AUPRO).is_failed
+    assert not summarize([], AUPRO).is_failed
 
 
-def test_categories_by_model_with_spread_mean_and_the_best_in_bold(tmp_path):
+def test_categories_by_model_with_std_mean_and_the_best_in_bold(tmp_path):
     tables = report(
         tmp_path,
         done("A", "parts", "a", 0, image=0.8),
@@ -208,7 +213,7 @@ def test_categories_by_model_with_spread_mean_and_the_best_in_bold(tmp_path):
         ["a", "**85.0** ± 7.1", "**85.0**"],  # a tie at the precision shown
         ["b", "**75.0** ± 21.2", "74.0"],
         ["mean", "**80.0** ± 14.1", "79.5"],
-        ["spread", "7.1", "7.8"],
+        ["std", "7.1", "7.8"],
     ]
     assert column(tables["parts / Accuracy, means over 2 categories, %"], "image AUROC") == {
         "A": "**80.0** ± 14.1",
@@ -216,7 +221,7 @@ def test_categories_by_model_with_spread_mean_and_the_best_in_bold(tmp_path):
     }
     text = (tmp_path / "report.md").read_text()
     assert (
-        "Mean ± standard deviation (n - 1) over 2 seeds (B 1); a figure without ± has fewer than two whole seeds."
+        "Mean ± standard deviation (n - 1) over 2 seeds (B 1); a result without ± has fewer than two complete seeds."
         in text
     )
 
@@ -237,19 +242,21 @@ def test_a_mean_over_fewer_categories_says_so_and_is_not_the_best(tmp_path):
         ["a", "**99.0**", "70.0", "60.0", "n/a"],
         ["b", "failed", "**60.0**", "**60.0**", "10.0"],
         ["mean", "99.0 (1 of 2)", "**65.0**", "60.0", "10.0 (1 of 2)"],
-        ["spread", "n/a", "7.1", "0.0", "n/a"],
+        ["std", "n/a", "7.1", "0.0", "n/a"],
     ]
 
 
-def test_one_model_alone_is_not_the_best(tmp_path):
+def test_a_single_model_is_not_the_best(tmp_path):
     tables = report(tmp_path, done(image=0.9))
     assert column(tables["MagneticTile / Accuracy, %"], "image AUROC") == {"DSKD": "90.0"}
-    assert "One seed: the spread is not known." in (tmp_path / "report.md").read_text()
+    assert "One seed: the standard deviation is unknown." in (tmp_path / "report.md").read_text()
 
 
 def test_costs_are_best_small_and_rates_large(tmp_path):
     slow = {"speed": {"pytorch_ms": 30.0, "openvino_ms": None, "throughput": 50.0, "throughput_batch": 1}}
-    small = {"cost": {"peak_memory_mib": 900.0, "parameters": 1_000_000, "macs": 2e9, "trained_parameters": 0}}
+    small = {
+        "cost": {"peak_memory_mib": 900.0, "parameters": 1_000_000, "macs": 2_000_000_000, "trained_parameters": 0}
+    }
     tables = report(tmp_path, done("A", "parts"), done("B", "parts", **slow, **small), failed("C", "parts"))
     table = tables["parts / Cost"]
     shown = {name: tuple(column(table, name).values()) for name in table[0][1:]}
@@ -266,10 +273,10 @@ def test_costs_are_best_small_and_rates_large(tmp_path):
         "fit, s": ("**100.0**", "**100.0**", "failed"),
         "training, images/s": ("**40.0**", "**40.0**", "failed"),
     }
-    assert "Batch that the throughput was reached with: A 4, B 1." in (tmp_path / "report.md").read_text()
+    assert "Batch size of the throughput: A 4, B 1." in (tmp_path / "report.md").read_text()
 
 
-def test_times_have_a_spread_and_counts_have_none(tmp_path):
+def test_times_have_a_std_and_counts_have_none(tmp_path):
     later = done("A", "parts", seed=1, training={"fit_seconds": 110.0})
     table = report(tmp_path, done("A", "parts"), later)["parts / Cost"]
     assert column(table, "fit, s")["A"] == "105.0 ± 7.1"
@@ -301,18 +308,18 @@ def test_kinds_of_defect_by_model(tmp_path):
     assert tables["MagneticTile / AUPRO by kind of defect, %"][2] == ["Fray", "32", "25.0", "n/a"]
 
 
-# --- the paper's figures -----------------------------------------------------------------------------------------
+# --- the paper's results -----------------------------------------------------------------------------------------
 
 
-def test_paper_beside_ours_takes_no_part_in_the_best(tmp_path):
+def test_the_papers_results_are_next_to_ours_and_not_compared(tmp_path):
     tables = report(tmp_path, done(image=0.9), done("PaDiM", image=0.88))
     table = tables["MagneticTile / Accuracy, %"]
     assert table[0] == ["model", "image AUROC", "paper", "image F1", "pixel AUROC", "paper", "AUPRO", "paper"]
     assert table[1] == ["DSKD", "**90.0**", "96.2", "**85.0**", "**80.0**", "83.3", "**70.0**", "70.3"]
-    assert table[2][:3] == ["PaDiM", "88.0", NO_FIGURE]
+    assert table[2][:3] == ["PaDiM", "88.0", NO_RESULT]
     assert (
-        "Paper: Table 5, MT Defects. There DSKD was trained for 200 epochs on images of 128 x 128; here for 30 epochs "
-        "on 128 x 128." in (tmp_path / "report.md").read_text()
+        "Paper: Table 5, MT Defects. The paper trained DSKD for 200 epochs on images of 128 x 128, this benchmark for "
+        "30 epochs on 128 x 128." in (tmp_path / "report.md").read_text()
     )
 
 
@@ -326,16 +333,16 @@ def test_paper_by_category_and_its_mean_over_the_same_categories(tmp_path):
         ["bottle", "**90.0**", "100.0", "**90.0**", "99.9", "**90.0**"],
         ["cable", "**90.0**", "99.2", "**90.0**", "92.7", "**90.0**"],
         ["mean", "**90.0**", "99.6", "**90.0**", "96.3", "**90.0**"],
-        ["spread", "0.0", NO_FIGURE, "0.0", NO_FIGURE, "0.0"],
+        ["std", "0.0", NO_RESULT, "0.0", NO_RESULT, "0.0"],
     ]
     assert column(tables["MVTecAD / AUPRO by category, %"], "PaDiM, paper") == {
         "bottle": "94.8",
         "cable": "88.8",
         "mean": "91.8",
-        "spread": NO_FIGURE,
+        "std": NO_RESULT,
     }
     assert tables["MVTecAD / Image F1 by category, %"][0] == ["category", "DSKD", "PaDiM", "Mine"]  # not in the paper
-    assert "means are over the categories that we have" in (tmp_path / "report.md").read_text()
+    assert "means are over the categories of this benchmark" in (tmp_path / "report.md").read_text()
 
 
 def test_paper_mean_over_all_categories_is_the_printed_one():
@@ -353,26 +360,26 @@ def test_paper_mean_over_all_categories_is_the_printed_one():
 def test_paper_means_agree_with_its_categories(benchmark):
     for method, means in benchmark.means.items():
         for metric, printed in zip(paper.METRICS, means, strict=True):
-            figures = [benchmark.figure(method, metric, category) for category in benchmark.all_categories]
+            results = [benchmark.result(method, metric, category) for category in benchmark.all_categories]
             if printed is None:
-                assert figures == [None] * len(figures)
+                assert results == [None] * len(results)
             else:  # the paper's own means are off by up to 0.32 (PRO of STPM)
-                assert np.mean(figures) == pytest.approx(printed, abs=0.33)
+                assert np.mean(results) == pytest.approx(printed, abs=0.33)
 
 
 @pytest.mark.parametrize(
     ("init_args", "row"),
     [
-        ({}, (7, "DS: the whole model")),
-        ({"seed": 3, "embedding_input": "normalized", "teacher": "resnet18.tv_in1k"}, (7, "DS: the whole model")),
-        ({"map_layers": [1, 2, 3], "betas": (0.5, 0.999)}, (7, "DS: the whole model")),
+        ({}, (7, "DS: full model")),
+        ({"seed": 3, "embedding_input": "normalized", "teacher": "resnet18.tv_in1k"}, (7, "DS: full model")),
+        ({"map_layers": [1, 2, 3], "betas": (0.5, 0.999)}, (7, "DS: full model")),
         ({"map_pair": "T-E", "losses": "encoder"}, (7, "T-E: teacher and encoder")),
         ({"losses": "decoder"}, (7, "T-D: teacher and decoder")),
         ({"map_pair": "E-D"}, (7, "E-D: encoder and decoder")),
         ({"embedding": False}, (8, "without deep feature embedding")),
-        ({"map_layers": [1]}, (9, "map M1 alone")),
-        ({"map_layers": [2]}, (9, "map M2 alone")),
-        ({"map_layers": [3]}, (9, "map M3 alone")),
+        ({"map_layers": [1]}, (9, "only map M1")),
+        ({"map_layers": [2]}, (9, "only map M2")),
+        ({"map_layers": [3]}, (9, "only map M3")),
         ({"map_layers": [1, 2]}, None),
         ({"map_layers": [3], "embedding": False}, None),
         ({"map_pair": "T-E", "losses": "both"}, None),
@@ -383,27 +390,27 @@ def test_paper_means_agree_with_its_categories(benchmark):
         ({"l2_weight": 0.0, "map_pair": "E-D"}, None),
     ],
 )
-def test_rows_of_the_papers_ablations_are_told_by_their_arguments(init_args, row):
-    ablation = paper.ablation_of("anomalib_dskd.Dskd", init_args)
+def test_ablations_of_the_paper_are_identified_by_arguments(init_args, row):
+    ablation = paper.find_ablation("anomalib_dskd.Dskd", init_args)
     assert (ablation and (ablation.table, ablation.row)) == row
-    is_whole = row == (7, "DS: the whole model")
-    assert paper.method_of("anomalib_dskd.Dskd", init_args) == ("Dskd" if is_whole else None)
-    assert paper.ablation_of("anomalib.models.Padim", init_args) is None
+    is_full = row == (7, "DS: full model")
+    assert paper.find_method("anomalib_dskd.Dskd", init_args) == ("Dskd" if is_full else None)
+    assert paper.find_ablation("anomalib.models.Padim", init_args) is None
 
 
-def test_other_models_are_told_by_their_class():
+def test_other_methods_of_the_paper_are_identified_by_class():
     for name in ("Padim", "Stfpm", "Patchcore"):
-        assert paper.method_of(f"anomalib.models.{name}", {"backbone": "resnet50"}) == name
-    assert paper.method_of("anomalib.models.EfficientAd", {}) is None
+        assert paper.find_method(f"anomalib.models.{name}", {"backbone": "resnet50"}) == name
+    assert paper.find_method("anomalib.models.EfficientAd", {}) is None
 
 
 @pytest.mark.parametrize("data", ["MVTecAD", "MVTec3D", "MagneticTile"])
 def test_data_sets_are_known_by_anomalibs_names(data):
-    assert paper.benchmark_of(data)
-    assert paper.benchmark_of(data + "2") is None
+    assert paper.find_benchmark(data)
+    assert paper.find_benchmark(data + "2") is None
 
 
-def test_a_report_of_an_unfinished_run_says_what_is_to_do(tmp_path):
+def test_the_report_of_an_unfinished_run_lists_missing_jobs(tmp_path):
     write_run(tmp_path, done(), failed("PaDiM"))
     jobs = [done(), failed("PaDiM"), *(failed("STFPM", seed=seed) for seed in (0, 1))]
     (tmp_path / "plan.json").write_text(json.dumps(jobs))
@@ -417,22 +424,22 @@ def test_a_report_of_an_unfinished_run_says_what_is_to_do(tmp_path):
     assert "to do" not in (tmp_path / "report.md").read_text()
 
 
-def test_ablations_on_other_data_stand_apart(tmp_path):
+def test_ablations_on_other_data_have_a_table_of_their_own(tmp_path):
     tables = report(
         tmp_path, done(), done("DSKD T-E", init_args={"map_pair": "T-E", "losses": "encoder"}), done("PaDiM")
     )
     assert tables["Ablations / The paper's ablations on MVTec AD, %"][1:] == [
-        ["DSKD", "Table 7, DS: the whole model", "98.5", "97.6", "93.5"],
+        ["DSKD", "Table 7, DS: full model", "98.5", "97.6", "93.5"],
         ["DSKD T-E", "Table 7, T-E: teacher and encoder", "95.3", "96.1", "89.4"],
     ]
     assert column(tables["MagneticTile / Accuracy, %"], "paper") == {
         "DSKD": "96.2",
-        "DSKD T-E": NO_FIGURE,
-        "PaDiM": NO_FIGURE,
+        "DSKD T-E": NO_RESULT,
+        "PaDiM": NO_RESULT,
     }
 
 
-def test_ablations_on_all_of_mvtec_ad_stand_beside_ours(tmp_path):
+def test_ablations_on_all_of_mvtec_ad_are_next_to_our_results(tmp_path):
     ablated = {"init_args": {"embedding": False}}
     categories = sorted(paper.MVTEC_AD.all_categories)
     records = [done("DSKD", "MVTecAD", category) for category in categories]
@@ -444,11 +451,11 @@ def test_ablations_on_all_of_mvtec_ad_stand_beside_ours(tmp_path):
     }
     assert not any(title.startswith("Ablations") for title in tables)
     tables = report(tmp_path, *records[:-1])  # a mean over 14 is not the paper's
-    assert column(tables["MVTecAD / Accuracy, means over 15 categories, %"], "paper")["DSKD plain"] == NO_FIGURE
+    assert column(tables["MVTecAD / Accuracy, means over 15 categories, %"], "paper")["DSKD plain"] == NO_RESULT
     assert len(tables["Ablations / The paper's ablations on MVTec AD, %"]) == 3
 
 
-def test_the_whole_model_alone_is_no_ablation(tmp_path):
+def test_the_full_model_is_not_an_ablation(tmp_path):
     assert not any(title.startswith("Ablations") for title in report(tmp_path, done(), done("PaDiM")))
 
 
@@ -456,18 +463,18 @@ def test_papers_complexity_compares_at_its_own_size(tmp_path):
     at_128 = report(tmp_path, done(), done("STFPM"))["MagneticTile / Cost"]
     assert [row[0] for row in at_128[1:]] == ["DSKD", "STFPM", "DSKD, paper"]
     assert (column(at_128, "GMAC")["DSKD, paper"], column(at_128, "parameters, M")["DSKD, paper"]) == (
-        NO_FIGURE,
+        NO_RESULT,
         "39.3",
     )
     at_256 = report(tmp_path, done("PaDiM", image_size=[256, 256]))["MagneticTile / Cost"]
     shown = {name: column(at_256, name)["PaDiM, paper"] for name in ("PyTorch, ms", "GMAC", "parameters, M", "fit, s")}
-    assert shown == {"PyTorch, ms": "890.0", "GMAC": "22.85", "parameters, M": "68.9", "fit, s": NO_FIGURE}
+    assert shown == {"PyTorch, ms": "890.0", "GMAC": "22.85", "parameters, M": "68.9", "fit, s": NO_RESULT}
 
 
-# --- what was compared -------------------------------------------------------------------------------------------
+# --- models and settings -----------------------------------------------------------------------------------------
 
 
-def test_settings_weights_machines_failures_and_notes_are_told(tmp_path):
+def test_settings_weights_machines_failures_and_notes_are_listed(tmp_path):
     one_pass = {"epochs": None, "epochs_source": "one pass of it", "notes": ["OpenVINO: no such op"]}
     other_machine = {"machine": {"cpu": "Another", "cores": 8, "commit": None}, "weights": []}
     tables = report(
@@ -476,7 +483,7 @@ def test_settings_weights_machines_failures_and_notes_are_told(tmp_path):
         failed(seed=1, init_args={"sigma": 2.0}, reason="killed | by\nthe system"),
         done("PaDiM", **one_pass, **other_machine),
     )
-    prefix, common = "What was compared / ", ("128 x 128", "bf16-mixed", "cpu")
+    prefix, common = "Models and settings / ", ("128 x 128", "bf16-mixed", "cpu")
     assert tables[prefix + "Settings"][1:] == [
         [
             "MagneticTile",
@@ -506,7 +513,7 @@ def test_settings_weights_machines_failures_and_notes_are_told(tmp_path):
     assert machines[0] == ["machine", "1 (1 jobs)", "2 (1 jobs)"]
     assert ["cpu", "A processor", "Another"] in machines
     assert ["commit", "e090c33", "n/a"] in machines
-    assert tables[prefix + "What could not be measured"][1:] == [["PaDiM", "MagneticTile", "OpenVINO: no such op", "1"]]
+    assert tables[prefix + "Notes"][1:] == [["PaDiM", "MagneticTile", "OpenVINO: no such op", "1"]]
     assert tables["Failures / Failed jobs"][1:] == [["DSKD", "MagneticTile", "", "1", "killed \\| by the system"]]
     text = (tmp_path / "report.md").read_text()
     assert "- jobs: 2 done, 1 failed\n" in text
@@ -514,14 +521,14 @@ def test_settings_weights_machines_failures_and_notes_are_told(tmp_path):
     assert "Measured on different processors" in text
 
 
-def test_failures_alone_are_a_report_too(tmp_path):
+def test_a_run_with_only_failures_has_a_report(tmp_path):
     tables = report(tmp_path, failed(), failed("PaDiM"))
     assert column(tables["MagneticTile / Accuracy, %"], "image AUROC") == {"DSKD": "failed", "PaDiM": "failed"}
     assert "No job is done." in (tmp_path / "report.md").read_text()
 
 
-def test_csv_has_one_line_a_job_in_fractions_as_recorded(tmp_path):
-    kinds = {"Crack": {"images": 57, "image_AUROC": 0.75}}
+def test_csv_has_one_line_per_job_in_fractions_that_are_not_rounded(tmp_path):
+    kinds = {"Crack": {"images": 57, "image_AUROC": 0.75, "image_F1": None, "pixel_AUROC": 0.5, "AUPRO": None}}
     first, second = done(image=0.123456789, aupro=None, classes=kinds), failed("PaDiM", reason='a "b",\nc')
     write_report(write_run(tmp_path, first, second))
     text = (tmp_path / "results.csv").read_text()
@@ -563,21 +570,21 @@ def test_names_and_reasons_cannot_be_markup(tmp_path):
     assert "url(" not in page.split("<body>")[0]
 
 
-# --- pictures ----------------------------------------------------------------------------------------------------
+# --- images and plot ----------------------------------------------------------------------------------------------
 
 
 def test_share_below_is_the_auroc_on_average():
     random = np.random.default_rng(0)
-    defects, good = random.integers(3, 12, size=40).astype(float), random.integers(0, 9, size=30).astype(float)
-    shares = share_below(defects, good)
-    literal = [np.mean([1.0 if g < d else 0.5 if g == d else 0.0 for g in good]) for d in defects]
+    defects, normal = random.integers(3, 12, size=40).astype(float), random.integers(0, 9, size=30).astype(float)
+    shares = share_below(defects, normal)
+    literal = [np.mean([1.0 if n < d else 0.5 if n == d else 0.0 for n in normal]) for d in defects]
     np.testing.assert_allclose(shares, literal)
     labels = np.repeat([1, 0], [40, 30])
-    assert shares.mean() == pytest.approx(roc_auc_score(labels, np.concatenate([defects, good])))
+    assert shares.mean() == pytest.approx(roc_auc_score(labels, np.concatenate([defects, normal])))
 
 
 def photographs(folder, scores) -> list[tuple[str, int, str, float]]:
-    """Images whose name starts with ``g`` are good."""
+    """Images whose name starts with ``g`` are normal."""
     folder.mkdir(exist_ok=True)
     images = []
     for index, (name, score) in enumerate(scores.items()):
@@ -591,48 +598,48 @@ def gallery_of(folder, scores_by_model, *, images=2, **arguments):
     records = [done(model, "parts") for model in scores_by_model]
     for record, scores in zip(records, scores_by_model.values(), strict=True):
         write_predictions(folder, record, photographs(folder, scores), **arguments)
-    return make_gallery(folder, records, images=images)
+    return make_gallery(folder, parsed(*records), images=images)
 
 
 SCORES = {"g1": 1.0, "g2": 2.0, "g3": 3.0, "g4": 4.0, "d1": 0.0, "d2": 2.5, "d3": 9.0, "d4": 8.0}
 
 
-def decode(picture) -> np.ndarray:
-    kind, _, data = picture.uri.partition(",")
+def decode(image) -> np.ndarray:
+    kind, _, data = image.uri.partition(",")
     assert kind == "data:image/jpeg;base64"
-    with Image.open(io.BytesIO(base64.b64decode(data))) as image:
-        return np.asarray(image.convert("RGB")).astype(int)
+    with Image.open(io.BytesIO(base64.b64decode(data))) as decoded:
+        return np.asarray(decoded.convert("RGB")).astype(int)
 
 
 def test_gallery_shows_the_worst_and_the_best_on_average_over_the_models(tmp_path):
     other = {**SCORES, "d1": 9.0, "d2": 1.5}  # d1: 0 and 1; d2: 1/2 and 1/4; d3, d4: 1, by score
     gallery = gallery_of(tmp_path, {"A": SCORES, "B": other})
     assert gallery.columns == ["Input", "Mask", "A", "B"]
-    names = {title: [example.name for example in examples] for title, examples in gallery.parts}
+    names = {title: [example.name for example in examples] for title, examples in gallery.groups}
     assert names == {
         "Hardest defects": ["d2.png", "d1.png"],
         "Easiest defects": ["d3.png", "d4.png"],
-        "Good images with the highest scores": ["g4.png", "g3.png"],
+        "Normal images with the highest scores": ["g4.png", "g3.png"],
     }
-    worst = gallery.parts[0][1][0]
-    assert (worst.kind, worst.rank) == ("dent", "scores above 37.5 % of the good images, mean of 2 models")
-    assert [picture.caption for picture in worst.pictures] == ["", "", "above 50.0 %", "above 25.0 %"]
-    good = gallery.parts[2][1][0]
-    assert good.rank == "scores above 37.5 % of the defects, mean of 2 models"
-    assert (good.pictures[1].uri, good.pictures[1].reason) == (None, "good")
+    worst = gallery.groups[0][1][0]
+    assert (worst.kind, worst.rank) == ("dent", "scores above 37.5 % of the normal images, mean of 2 models")
+    assert [image.caption for image in worst.images] == ["", "", "above 50.0 %", "above 25.0 %"]
+    normal = gallery.groups[2][1][0]
+    assert normal.rank == "scores above 37.5 % of the defects, mean of 2 models"
+    assert (normal.images[1].uri, normal.images[1].reason) == (None, "normal")
 
 
 def test_gallery_does_not_show_an_image_twice(tmp_path):
     gallery = gallery_of(tmp_path, {"A": SCORES}, images=3)
-    assert [[example.name for example in examples] for _, examples in gallery.parts[:2]] == [
+    assert [[example.name for example in examples] for _, examples in gallery.groups[:2]] == [
         ["d1.png", "d2.png", "d4.png"],
         ["d3.png"],
     ]
 
 
-def test_pictures_have_the_shape_of_the_input_and_the_colours_of_the_map(tmp_path):
+def test_images_have_the_shape_of_the_input_and_the_colors_of_the_map(tmp_path):
     gallery = gallery_of(tmp_path, {"A": SCORES})
-    photograph, mask, heat = map(decode, gallery.parts[0][1][0].pictures)
+    photograph, mask, heat = map(decode, gallery.groups[0][1][0].images)
     assert photograph.shape == mask.shape == heat.shape == (SIDE // 2, SIDE, 3)
     assert np.abs(photograph - 80).max() <= 3  # the fifth image's gray, within JPEG's error
     assert mask[:40, :90].min() > 250
@@ -645,7 +652,7 @@ def test_pictures_have_the_shape_of_the_input_and_the_colours_of_the_map(tmp_pat
 def test_heatmap_is_scaled_by_the_models_own_range(tmp_path):
     record = done("A", "parts")
     images = photographs(tmp_path, SCORES)
-    pictures = []
+    heatmaps = []
     for scale, offset in ((1.0, 0.0), (500.0, -40.0)):
         write_predictions(tmp_path, record, images)
         path = tmp_path / "jobs" / record["job"] / "predictions.npz"
@@ -653,19 +660,19 @@ def test_heatmap_is_scaled_by_the_models_own_range(tmp_path):
             values = dict(arrays)
         values["maps"] = (values["maps"].astype(np.float64) * scale + offset).astype(np.float16)
         np.savez_compressed(path, **values)
-        pictures.append(decode(make_gallery(tmp_path, [record], images=1).parts[0][1][0].pictures[2]))
-    assert np.abs(pictures[0] - pictures[1]).max() <= 4
+        heatmaps.append(decode(make_gallery(tmp_path, parsed(record), images=1).groups[0][1][0].images[2]))
+    assert np.abs(heatmaps[0] - heatmaps[1]).max() <= 4
 
 
-def test_what_is_missing_is_told_in_its_place(tmp_path):
+def test_missing_images_are_replaced_by_the_reason(tmp_path):
     gallery = gallery_of(tmp_path, {"A": SCORES}, maps=False, masks=False)
     (tmp_path / "d1.png").unlink()
     (tmp_path / "d2.png").write_text("This is no image.")
-    gallery = make_gallery(tmp_path, [done("A", "parts")], images=2)
-    first, second = gallery.parts[0][1]
-    assert [picture.reason for picture in first.pictures] == ["the file is gone", "no mask", "n/a"]
-    assert second.pictures[0].reason == "the file cannot be read"
-    assert all(picture.uri is None for picture in (*first.pictures, *second.pictures))
+    gallery = make_gallery(tmp_path, parsed(done("A", "parts")), images=2)
+    first, second = gallery.groups[0][1]
+    assert [image.reason for image in first.images] == ["the file is gone", "no mask", "n/a"]
+    assert second.images[0].reason == "the file cannot be read"
+    assert all(image.uri is None for image in (*first.images, *second.images))
 
 
 def test_defect_with_an_empty_mask_says_so(tmp_path):
@@ -675,28 +682,28 @@ def test_defect_with_an_empty_mask_says_so(tmp_path):
     with np.load(path) as arrays:
         np.savez_compressed(tmp_path / "empty.npz", **{**arrays, "masks": arrays["masks"] * 0})
     (tmp_path / "empty.npz").rename(path)
-    assert make_gallery(tmp_path, [record], images=1).parts[0][1][0].pictures[1].reason == "empty mask"
+    assert make_gallery(tmp_path, parsed(record), images=1).groups[0][1][0].images[1].reason == "empty mask"
 
 
 def test_models_need_not_have_the_same_images(tmp_path):
     records = [done("A", "parts", "a"), done("B", "parts", "a"), done("A", "parts", "b")]
     for record, folder in zip(records, ("x", "x", "y"), strict=True):
         write_predictions(tmp_path, record, photographs(tmp_path / folder, SCORES))
-    gallery = make_gallery(tmp_path, records, images=2)
-    assert [example.kind for example in gallery.parts[0][1]] == ["a dent", "b dent"]
-    alone = gallery.parts[0][1][1]
-    assert (alone.rank, alone.pictures[3].reason) == ("scores above 0.0 % of the good images", "n/a")
+    gallery = make_gallery(tmp_path, parsed(*records), images=2)
+    assert [example.kind for example in gallery.groups[0][1]] == ["a dent", "b dent"]
+    other = gallery.groups[0][1][1]
+    assert (other.rank, other.images[3].reason) == ("scores above 0.0 % of the normal images", "n/a")
 
 
 def test_gallery_shows_the_first_seed(tmp_path):
     records = [done("A", "parts", seed=seed) for seed in (1, 0)]
     write_predictions(tmp_path, records[0], photographs(tmp_path, SCORES))
     write_predictions(tmp_path, records[1], photographs(tmp_path, {**SCORES, "d1": 10.0}))
-    assert [e.name for e in make_gallery(tmp_path, records, images=1).parts[0][1]] == ["d2.png"]
+    assert [e.name for e in make_gallery(tmp_path, parsed(*records), images=1).groups[0][1]] == ["d2.png"]
 
 
 def test_no_gallery_without_predictions_or_something_to_rank_against(tmp_path):
-    assert make_gallery(tmp_path, [done()], images=3) is None
+    assert make_gallery(tmp_path, parsed(done()), images=3) is None
     assert gallery_of(tmp_path, {"A": {"d1": 1.0, "d2": 2.0}}) is None
     assert gallery_of(tmp_path, {"A": SCORES}, images=0) is None
 
@@ -711,19 +718,19 @@ def test_unreadable_predictions_are_named(tmp_path):
         write_report(tmp_path)
 
 
-def test_negative_number_of_images_is_refused(tmp_path):
+def test_a_negative_number_of_images_is_an_error(tmp_path):
     with pytest.raises(ArgumentError, match="gallery_images -1 must be 0, for no gallery, or larger"):
         write_report(tmp_path, gallery_images=-1)
 
 
-def test_accuracy_against_latency_is_text_in_the_pages_own_colours():
+def test_the_plot_has_text_and_the_colors_of_the_page():
     points = [Point("a $x$ <b>", 90.0, 20.0, 10.0), Point("slow", 80.0, 400.0, None), Point("none", 99.0, None, None)]
     svg = draw_accuracy_against_latency(points, accuracy="image AUROC", label='a "label" <')
-    assert svg.startswith('<svg role="img" aria-label="a &quot;label&quot; &lt;" ')
+    assert svg.startswith('<svg role="img" aria-label="a &#34;label&#34; &lt;" ')
     assert ">a $x$ &lt;b&gt;<" in svg
     assert ">slow<" in svg
     assert ">none<" not in svg
-    assert "milliseconds an image" in svg
+    assert "ms per image" in svg
     assert "currentColor" in svg
     assert "var(--accent)" in svg
     assert "#0102" not in svg
@@ -732,23 +739,23 @@ def test_accuracy_against_latency_is_text_in_the_pages_own_colours():
     assert not [name for name in ids if re.search(r"_\d+$", name)]
 
 
-def test_names_beside_the_points_do_not_cover_one_another():
+def test_names_next_to_the_points_do_not_overlap():
     points = [Point(f"model {index}", 90 + 0.01 * index, 10.0 + index, None) for index in range(12)]
     svg = draw_accuracy_against_latency(points, accuracy="image AUROC", label="")
     heights = [float(y) for y in re.findall(r'translate\([\d.]+ ([\d.]+)\)"[^>]*>model \d+<', svg)] or [
         float(y) for y in re.findall(r'y="([\d.]+)"[^>]*>model \d+<', svg)
     ]
     assert len(heights) == 12
-    assert np.diff(sorted(heights)).min() > 10  # points of text of 9
+    assert np.diff(sorted(heights)).min() > 10  # the font size is 9
 
 
-def test_no_latency_no_picture(tmp_path):
+def test_without_latencies_there_is_no_plot(tmp_path):
     assert draw_accuracy_against_latency([Point("a", 90.0, None, None)], accuracy="", label="") is None
     write_report(write_run(tmp_path, done(speed={})))
     assert "<figure>" not in (tmp_path / "report.html").read_text()
 
 
-# --- run folders that are none -----------------------------------------------------------------------------------
+# --- faulty run folders ------------------------------------------------------------------------------------------
 
 
 def test_missing_run_folder_is_named(tmp_path):
@@ -756,7 +763,7 @@ def test_missing_run_folder_is_named(tmp_path):
         write_report(tmp_path / "nowhere")
 
 
-def test_folder_without_results_is_told_what_it_holds(tmp_path):
+def test_the_error_for_a_folder_without_results_lists_its_files(tmp_path):
     with pytest.raises(DataError, match=r"has no results\.jsonl; it holds nothing\. Give the folder"):
         write_report(tmp_path)
     (tmp_path / "config.yaml").touch()
@@ -770,38 +777,44 @@ def test_no_finished_job_is_no_report(tmp_path, tail):
         write_report(write_run(tmp_path, tail=tail))
 
 
-def test_a_corrupt_line_is_named_with_its_number(tmp_path):
+def test_the_error_for_a_corrupt_line_has_its_number(tmp_path):
     write_run(tmp_path, done(), tail="nonsense\n" + json.dumps(done("PaDiM")) + "\n")
-    with pytest.raises(DataError, match=r"line 2 of '.*results\.jsonl' is no result of a benchmark"):
+    with pytest.raises(DataError, match=r"line 2 of '.*results\.jsonl' is not a result of a benchmark"):
         write_report(tmp_path)
 
 
 @pytest.mark.parametrize(
     ("changes", "message"),
     [
-        ({"model": None}, "model None is not a text"),
-        ({"seed": "0"}, "seed '0' is not a whole number"),
-        ({"figures": {"AUPRO": "high"}}, "figures.AUPRO 'high' is not a number or null"),
-        ({"speed": [1.0]}, r"speed.pytorch_ms \[1.0\] is not a number or null"),
-        ({"speed": 5}, "speed.pytorch_ms 5 is not a number or null"),
-        ({"weights": ["resnet18"]}, r"weights \['resnet18'\] holds something else than mappings"),
-        ({"weights": [{"file": "a.pth"}]}, r"weights {'file': 'a.pth'} lacks its name or file"),
-        ({"classes": {"Crack": 1}}, "classes {'Crack': 1} holds something else than mappings"),
+        ({"model": None}, "model None is not a string"),
+        ({"seed": "0"}, "seed '0' is not an integer"),
+        ({"metrics": {"AUPRO": "high"}}, "metrics.AUPRO 'high' is not a number or null"),
+        ({"metrics": {"AUROC": 0.5}}, "metrics.AUROC is not a field of a result"),
+        ({"figures": {}}, "figures is not a field of a result"),
+        ({"status": "half"}, "status 'half' is not 'done' or 'failed'"),
+        ({"cost": {"macs": 1.5}}, "cost.macs 1.5 is not an integer or null"),
+        ({"speed": [1.0]}, r"speed \[1.0\] is not a mapping"),
+        ({"speed": 5}, "speed 5 is not a mapping"),
+        ({"weights": ["resnet18"]}, "weights.0 'resnet18' is not a mapping"),
+        ({"weights": [{"file": "a.pth"}]}, "weights.0.name is missing"),
+        ({"classes": {"Crack": 1}}, "classes.Crack 1 is not a mapping"),
     ],
 )
-def test_a_line_of_another_kind_is_named_by_its_job(tmp_path, changes, message):
+def test_the_error_for_a_faulty_line_names_the_field(tmp_path, changes, message):
     record = done(**changes)
-    with pytest.raises(DataError, match=rf"job {record['job']} in .* is no result of a benchmark: .*{message}"):
+    with pytest.raises(
+        DataError, match=rf"line 1 of .*results\.jsonl' is not a result of a benchmark: {message}\. Delete that line"
+    ):
         write_report(write_run(tmp_path, record))
 
 
-def test_two_jobs_of_the_same_thing_are_refused(tmp_path):
+def test_two_jobs_with_the_same_model_data_and_seed_are_an_error(tmp_path):
     twin = {**done(), "job": "000000000000"}
     with pytest.raises(DataError, match=r"000000000000 .* are both DSKD on MagneticTile, category None, seed 0"):
         write_report(write_run(tmp_path, done(), twin))
 
 
-def test_a_report_that_cannot_be_written_is_told(tmp_path):
+def test_a_report_that_cannot_be_written_is_an_error(tmp_path):
     (tmp_path / "report.md").mkdir()
     with pytest.raises(DataError, match=r"report in '.*' cannot be written: .*report\.md"):
         write_report(write_run(tmp_path, done()))

@@ -149,5 +149,5 @@ def test_equal_fusion_learns_no_weights():
 
 
 def test_unknown_weights_are_refused():
-    with pytest.raises(ArgumentError, match="fusion 'max' must be 'learned' or 'equal'"):
+    with pytest.raises(ArgumentError, match="fusion 'max' is not supported. Supported values: 'learned', 'equal'"):
         AsymptoticFusion(LEVELS, "max")

@@ -11,10 +11,10 @@ def test_loss_is_one_minus_the_cosine_of_teacher_and_decoder(teacher_weights):
     model.load_teacher_weights()
     batch = ImageBatch(image=torch.randn(3, 3, 64, 64, generator=torch.Generator().manual_seed(0)))
     losses = model.train().compute_losses(batch)
-    features = model.model.training_features(batch.image)
+    teacher_features, students = model.model(batch.image)
     levels = [
         (1 - torch.nn.functional.cosine_similarity(teacher, student, dim=1)).mean().item()
-        for teacher, student in zip(features.teacher, features.students["decoder"], strict=True)
+        for teacher, student in zip(teacher_features, students["decoder"], strict=True)
     ]
     assert list(losses) == ["decoder"]
     assert losses["decoder"].item() == pytest.approx(sum(levels) / 3, abs=1e-5)

@@ -13,7 +13,7 @@ from torchvision.transforms import v2
 
 from anomalib_dskd import Dskd, MagneticTile
 from anomalib_dskd.errors import ArgumentError
-from anomalib_dskd.models.distillation.seeding import seed_pseudo_defects
+from anomalib_dskd.models.distillation.callbacks.seeding import seed_pseudo_defects
 from tests.conftest import TEACHER, differing, engine
 
 BATCHES = 2  # of four images, in an epoch
@@ -108,7 +108,7 @@ def test_a_resumed_training_ends_with_the_same_weights(at, arguments, magnetic_t
 def test_a_training_that_ends_by_steps_is_not_resumed(magnetic_tile_root, teacher_weights, tmp_path):
     fit(tmp_path / "whole", magnetic_tile_root, teacher_weights, seed=5, trainer={"max_steps": 2})
     (checkpoint,) = tmp_path.rglob("v0/**/*.ckpt")
-    with pytest.raises(ArgumentError, match=r"max_steps 4: .* Give --trainer.max_epochs alone"):
+    with pytest.raises(ArgumentError, match=r"max_steps 4: .* give only --trainer.max_epochs"):
         fit(tmp_path, magnetic_tile_root, teacher_weights, seed=5, trainer={"max_steps": 4}, ckpt=checkpoint)
 
 

@@ -1,5 +1,4 @@
 import copy
-import inspect
 import math
 import warnings
 from pathlib import Path
@@ -18,13 +17,10 @@ from anomalib_dskd.components.anomaly_map import AnomalyMapGenerator
 from anomalib_dskd.data import magnetic_tile
 from anomalib_dskd.errors import ArgumentError, DataError, DivergedError, NotTrainedError, TeacherWeightsError
 from anomalib_dskd.evaluation import RawScoreEvaluator
+from anomalib_dskd.models.distillation.resuming import constructor_defaults
 from anomalib_dskd.models.dskd.loss import DskdLoss
 from anomalib_dskd.training.feature_cache import FeatureCache
 from tests.conftest import TEACHER, differing, engine
-
-
-def defaults(function) -> dict:
-    return {name: parameter.default for name, parameter in inspect.signature(function).parameters.items()}
 
 
 @pytest.fixture(scope="module")
@@ -43,7 +39,7 @@ def trained(magnetic_tile_root: Path, teacher_weights: Path, tmp_path_factory) -
 
 
 def test_every_value_of_the_paper_is_the_default():
-    model, data = defaults(Dskd.__init__), defaults(MagneticTile.__init__)
+    model, data = constructor_defaults(Dskd), constructor_defaults(MagneticTile)
     assert model["teacher"] == "resnet18.tv_in1k"  # section 4.1.2: ResNet18, ImageNet-1K
     assert model["layers"] == (1, 2, 3)  # section 3.1: conv2_x, conv3_x, conv4_x
     assert model["l2_weight"] == 0.1  # section 4.1.2
@@ -54,23 +50,23 @@ def test_every_value_of_the_paper_is_the_default():
     assert model["embedding_blocks"] == 2  # Table 6, by the parameter count
     assert tuple(Dskd().input_size) == (256, 256)  # section 4.1.2
     assert (data["train_batch_size"], data["test_ratio"], data["seed"]) == (16, 0.2, 0)  # our choice
-    assert defaults(DskdLoss.__init__)["l2_weight"] == model["l2_weight"]
-    parts = defaults(AnomalyMapGenerator.__init__)
+    assert constructor_defaults(DskdLoss)["l2_weight"] == model["l2_weight"]
+    parts = constructor_defaults(AnomalyMapGenerator)
     assert (parts["l2_weight"], parts["sigma"]) == (model["l2_weight"], model["sigma"])
 
 
 def test_optimiser_is_the_papers_and_leaves_the_teacher_out(tiny_model):
-    optimiser = tiny_model.configure_optimizers()
-    assert isinstance(optimiser, torch.optim.Adam)
-    (group,) = optimiser.param_groups
+    optimizer = tiny_model.configure_optimizers()
+    assert isinstance(optimizer, torch.optim.Adam)
+    (group,) = optimizer.param_groups
     assert (group["lr"], group["betas"], group["weight_decay"]) == (1e-3, (0.5, 0.999), 0.0)
-    optimised = {id(parameter) for parameter in group["params"]}
+    optimized = {id(parameter) for parameter in group["params"]}
     students = [
         *tiny_model.model.encoder_student.parameters(),
         *tiny_model.model.embedding.parameters(),
         *tiny_model.model.decoder_student.parameters(),
     ]
-    assert optimised == {id(parameter) for parameter in students}
+    assert optimized == {id(parameter) for parameter in students}
 
 
 @pytest.mark.parametrize(("schedule", "rates"), [("constant", [0.01] * 6), ("one_cycle", None)])
@@ -105,8 +101,8 @@ def test_mixed_precision_trains_and_gives_finite_results(magnetic_tile_root, tea
         warnings.simplefilter("ignore")
         trainer = engine(tmp_path, max_epochs=1, precision="bf16-mixed")
         trainer.fit(model, datamodule=data)
-        (figures,) = trainer.test(model, datamodule=data, verbose=False)
-    assert figures["image_AUROC"] > 0.8  # the defects are black
+        (metrics,) = trainer.test(model, datamodule=data, verbose=False)
+    assert metrics["image_AUROC"] > 0.8  # the defects are black
     assert model.post_processor.image_threshold > 0
 
 
@@ -131,7 +127,7 @@ def test_gradients_can_be_clipped_in_every_precision(precision, fused, magnetic_
 
 def test_one_cycle_wants_an_end(magnetic_tile_root, teacher_weights, tmp_path):
     trainer = {"max_epochs": -1, "limit_val_batches": 0}
-    with pytest.raises(ArgumentError, match="schedule 'one_cycle' needs to know the end"):
+    with pytest.raises(ArgumentError, match="schedule 'one_cycle' needs the length of training"):
         trained_anew(tmp_path, magnetic_tile_root, teacher_weights, trainer=trainer, schedule="one_cycle")
 
 
@@ -141,7 +137,9 @@ def test_training_does_not_go_on_with_another_schedule(trained, magnetic_tile_ro
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")
         data = MagneticTile(magnetic_tile_root, train_batch_size=4)
-        with pytest.raises(ArgumentError, match="planned with .*: schedule: 'constant' there, 'one_cycle' here"):
+        with pytest.raises(
+            ArgumentError, match="run has other arguments: .*schedule: checkpoint has 'constant', model has 'one_cycle'"
+        ):
             engine(tmp_path, max_epochs=2).fit(model, datamodule=data, ckpt_path=checkpoint)
 
 
@@ -253,12 +251,12 @@ def test_images_are_decoded_once_and_train_the_same(magnetic_tile_root, teacher_
 def test_losses_are_the_same_with_the_cache(tiny_model):
     images = torch.randn(3, 3, 64, 64, generator=torch.Generator().manual_seed(0))
     tiny_model.train()
-    features = tiny_model.model(images)
-    expected = tiny_model.loss(features.teacher, features.students)
+    teacher, students = tiny_model.model(images)
+    expected = tiny_model.loss(teacher, students)
     tiny_model.model.teacher_cache = FeatureCache(tiny_model.model.teacher, images=3, memory=1.0)
     for _ in range(2):
-        features = tiny_model.model(images)
-        losses = tiny_model.loss(features.teacher, features.students)
+        teacher, students = tiny_model.model(images)
+        losses = tiny_model.loss(teacher, students)
         for student, loss in losses.items():
             assert loss.item() == pytest.approx(expected[student].item(), abs=1e-5)  # kept in 16 bits
 
@@ -280,7 +278,8 @@ def test_checkpoint_of_other_arguments_is_refused(trained, magnetic_tile_root, t
     _, checkpoint = trained
     model = Dskd(teacher=TEACHER, image_size=64, sigma=3.0, map_layers=[1])
     with pytest.raises(
-        ArgumentError, match=r"other arguments: map_layers: None there, \[1\] here; sigma: 2.0 there, 3.0"
+        ArgumentError,
+        match=r"sigma: checkpoint has 2.0, model has 3.0; map_layers: checkpoint has None, model has \[1\]",
     ):
         engine(tmp_path).test(model, datamodule=MagneticTile(magnetic_tile_root), ckpt_path=checkpoint)
 
@@ -304,7 +303,7 @@ def test_checkpoint_loads_with_any_evaluator(evaluator, trained, magnetic_tile_r
 )
 def test_what_thresholds_depend_on_cannot_be_changed_in_load_from_checkpoint(trained, name, value):
     _, checkpoint = trained
-    with pytest.raises(ArgumentError, match=f"trained with other arguments: {name}: .* there, {value!r} here"):
+    with pytest.raises(ArgumentError, match=f"other arguments: {name}: checkpoint has .*, model has {value!r}"):
         Dskd.load_from_checkpoint(checkpoint, **{name: value})
 
 
@@ -337,9 +336,13 @@ def test_training_goes_on_with_the_rate_that_is_given(trained, magnetic_tile_roo
 @pytest.mark.parametrize(
     ("arguments", "trainer", "message"),
     [
-        ({}, {"max_epochs": 4}, "planned with other arguments: max_epochs: 2 there, 4 here"),
-        ({"learning_rate": 0.1}, {}, "planned with other arguments: learning_rate: 0.01 there, 0.1 here"),
-        ({}, {"accumulate_grad_batches": 2}, "planned for 4 steps, and this training has 2. Give the same batch size"),
+        ({}, {"max_epochs": 4}, "run has other arguments: max_epochs: checkpoint has 2, model has 4"),
+        ({"learning_rate": 0.1}, {}, "run has other arguments: learning_rate: checkpoint has 0.01, model has 0.1"),
+        (
+            {},
+            {"accumulate_grad_batches": 2},
+            "schedule has 4 steps, and this training run has 2. Give the same batch",
+        ),
     ],
 )
 def test_one_cycle_goes_on_as_it_was_planned(
@@ -432,11 +435,17 @@ def test_arguments_of_the_same_meaning_pass_for_the_same(trained, magnetic_tile_
 @pytest.mark.parametrize(
     ("trainer", "message"),
     [
-        ({"max_epochs": 3, "check_val_every_n_epoch": 2}, "max_epochs 3 is no multiple of check_val_every_n_epoch 2"),
-        ({"max_steps": 1}, "max_steps 1 is no multiple of the 2 steps from one validation to the next"),
-        ({"max_steps": 2, "check_val_every_n_epoch": 2}, "max_steps 2 is no multiple of the 4 steps"),
-        ({"max_epochs": 1, "precision": "64-true"}, "precision '64-true' is .* not that of the images"),
-        ({"max_epochs": 1, "precision": "bf16-true"}, "precision 'bf16-true' is too coarse .* Legal are 32-true"),
+        (
+            {"max_epochs": 3, "check_val_every_n_epoch": 2},
+            "max_epochs 3 is not a multiple of check_val_every_n_epoch 2",
+        ),
+        ({"max_steps": 1}, "max_steps 1 is not a multiple of the 2 steps between validations"),
+        ({"max_steps": 2, "check_val_every_n_epoch": 2}, "max_steps 2 is not a multiple of the 4 steps"),
+        ({"max_epochs": 1, "precision": "64-true"}, "precision '64-true' is .* differs from the images'"),
+        (
+            {"max_epochs": 1, "precision": "bf16-true"},
+            "'bf16-true' is too coarse .* Supported values: 32-true",
+        ),
     ],
 )
 def test_training_that_would_end_without_a_result_is_refused(
@@ -449,12 +458,12 @@ def test_training_that_would_end_without_a_result_is_refused(
             engine(tmp_path, **trainer).fit(tiny_model, datamodule=data)
 
 
-def test_normalisation_of_another_teacher_is_refused():
-    with pytest.raises(ArgumentError, match=r"normalises with .*0.485.* was trained with \[\[0.5, 0.5, 0.5\]"):
+def test_normalization_of_another_teacher_is_refused():
+    with pytest.raises(ArgumentError, match=r"normalizes with .*0.485.* was trained with \[\[0.5, 0.5, 0.5\]"):
         Dskd(teacher=TEACHER, pre_processor=Dskd.configure_pre_processor((64, 64)))
     for none in (PreProcessor(), PreProcessor(Resize(64))):
         with pytest.raises(
-            ArgumentError, match="the pre_processor does not normalise; .* Add torchvision's v2.Normalize"
+            ArgumentError, match="the pre_processor does not normalize; .* Add torchvision's v2.Normalize"
         ):
             Dskd(teacher=TEACHER, pre_processor=none)
     own = Dskd.configure_pre_processor((64, 64), teacher=TEACHER)
@@ -513,14 +522,14 @@ def test_sixteen_bit_images_are_refused_in_training(tiny_model, tmp_path):
         ({"batch_norm_images": 1.5}, "batch_norm_images 1.5 must be a whole number"),
         ({"seed": -1}, "seed -1 must be a whole number from 0 to 4294967295, or none"),
         ({"seed": 2**32}, "seed 4294967296 must be a whole number"),
-        ({"schedule": "cosine"}, "schedule 'cosine' must be 'constant' or 'one_cycle'"),
+        ({"schedule": "cosine"}, "schedule 'cosine' is not supported. Supported values: 'constant', 'one_cycle'"),
         ({"learning_rate": 0.0}, "learning_rate 0.0 must be a finite number larger than 0"),
         ({"betas": (0.5, 1.0)}, r"betas \(0.5, 1.0\) must be two numbers"),
         ({"image_size": 32}, "images of 32x32 pixels are too small: .* at least 64x64"),
-        ({"teacher": "test_vit3", "layers": [0, 1], "image_size": 64}, r"64x64 pixels: .* takes \(160, 160\) alone"),
+        ({"teacher": "test_vit3", "layers": [0, 1], "image_size": 64}, r"64x64 pixels: .* supports only \(160, 160\)"),
         ({"image_size": (64, 0)}, r"image_size \(64, 0\) must be one number of pixels, or height and width"),
         ({"image_size": 64, "pre_processor": False}, "image_size and pre_processor exclude each other"),
-        ({"map_pair": "T-E", "losses": "decoder"}, "Legal losses for each map_pair"),
+        ({"map_pair": "T-E", "losses": "decoder"}, "Supported losses for each map_pair"),
     ],
 )
 def test_illegal_arguments_say_what_is_legal(arguments, message):
@@ -544,7 +553,7 @@ def test_a_pre_processor_of_ones_own_is_taken():
 
 
 def test_a_model_without_thresholds_is_told_where_they_would_matter(trained, magnetic_tile_root, tmp_path, caplog):
-    told = "no validation has set thresholds of this Dskd: scores are not normalised"
+    told = "no validation has set thresholds of this Dskd: scores are not normalized"
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")
         trained[0].to_onnx(tmp_path / "with")

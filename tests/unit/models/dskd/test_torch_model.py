@@ -5,7 +5,7 @@ from torch.utils.flop_counter import FlopCounterMode
 
 from anomalib_dskd.errors import ArgumentError, TeacherWeightsError
 from anomalib_dskd.models.dskd.loss import DskdLoss
-from anomalib_dskd.models.dskd.torch_model import DskdModel, Features
+from anomalib_dskd.models.dskd.torch_model import DskdModel
 from tests.conftest import TEACHER
 
 COMBINATIONS = [("T-D", "both"), ("T-D", "decoder"), ("T-E", "both"), ("T-E", "encoder"), ("E-D", "both")]
@@ -39,20 +39,19 @@ def test_size_is_that_of_the_papers_function():
 
 def test_feature_shapes_of_resnet18_at_256():
     model = build("resnet18.tv_in1k").train()
-    features = model(images(1, 256))
+    teacher, students = model(images(1, 256))
     expected = [(1, 64, 64, 64), (1, 128, 32, 32), (1, 256, 16, 16)]
-    assert isinstance(features, Features)
-    assert [tuple(level.shape) for level in features.teacher] == expected
-    assert [tuple(level.shape) for level in features.students["encoder"]] == expected
-    assert [tuple(level.shape) for level in features.students["decoder"]] == expected
-    assert model.embedding(features.students["encoder"]).shape == (1, 512, 8, 8)
+    assert [tuple(level.shape) for level in teacher] == expected
+    assert [tuple(level.shape) for level in students["encoder"]] == expected
+    assert [tuple(level.shape) for level in students["decoder"]] == expected
+    assert model.embedding(students["encoder"]).shape == (1, 512, 8, 8)
 
 
 @pytest.mark.parametrize(("map_pair", "losses"), COMBINATIONS)
 def test_every_trained_parameter_gets_a_gradient_and_the_teacher_none(map_pair, losses):
     model = build(map_pair=map_pair, losses=losses).train()
-    features = model(images())
-    sum(DskdLoss()(features.teacher, features.students).values()).backward()
+    teacher, students = model(images())
+    sum(DskdLoss()(teacher, students).values()).backward()
     assert all(parameter.grad is None for parameter in model.teacher.parameters())
     trained = [parameter for parameter in model.parameters() if parameter.requires_grad]
     assert trained
@@ -62,8 +61,8 @@ def test_every_trained_parameter_gets_a_gradient_and_the_teacher_none(map_pair, 
 @pytest.mark.parametrize("flows", [True, False])
 def test_decoder_loss_reaches_the_encoder_only_through_an_open_embedding(flows):
     model = build(embedding_gradient=flows).train()
-    features = model(images())
-    DskdLoss()(features.teacher, features.students)["decoder"].backward()
+    teacher, students = model(images())
+    DskdLoss()(teacher, students)["decoder"].backward()
     reached = [parameter.grad is not None for parameter in model.encoder_student.parameters()]
     assert all(reached) if flows else not any(reached)
     assert all(parameter.grad is not None for parameter in model.embedding.parameters())
@@ -71,8 +70,8 @@ def test_decoder_loss_reaches_the_encoder_only_through_an_open_embedding(flows):
 
 def test_encoder_loss_does_not_reach_embedding_or_decoder():
     model = build().train()
-    features = model(images())
-    DskdLoss()(features.teacher, features.students)["encoder"].backward()
+    teacher, students = model(images())
+    DskdLoss()(teacher, students)["encoder"].backward()
     later = [*model.embedding.parameters(), *model.decoder_student.parameters()]
     assert all(parameter.grad is None for parameter in later)
 
@@ -123,7 +122,7 @@ def test_map_of_one_layer_is_the_part_of_that_layer(layer):
     assert single.largest_score == pytest.approx(2.2)
 
 
-def test_normalised_embedding_input_does_not_see_the_encoders_scale():
+def test_normalized_embedding_input_does_not_see_the_encoders_scale():
     model = build(embedding_input="normalized").eval()
     raw = build().eval()
     with torch.no_grad():
@@ -152,18 +151,18 @@ def test_embedding_blocks(blocks, expected):
 @pytest.mark.parametrize(
     ("arguments", "message"),
     [
-        ({"map_pair": "E-D", "losses": "decoder"}, "Legal losses for each map_pair are T-D: both, decoder; T-E: both"),
+        ({"map_pair": "E-D", "losses": "decoder"}, "Supported losses for each map_pair: T-D: both, decoder; T-E: both"),
         ({"map_pair": "T-E", "losses": "decoder"}, "student that is not distilled"),
         ({"map_pair": "T-D", "losses": "encoder"}, "student that is not distilled"),
-        ({"map_pair": "A-B"}, "map_pair 'A-B' .* Legal"),
+        ({"map_pair": "A-B"}, "map_pair 'A-B' .* Supported"),
         ({"losses": "none"}, "losses 'none'"),
         ({"losses": "decoder", "embedding_gradient": False}, "never trains the encoder student"),
-        ({"map_layers": [0]}, r"map_layers \[0\] must be one or more different ones of layers \[1, 2, 3\]"),
+        ({"map_layers": [0]}, r"map_layers \[0\] must be one or more distinct values of layers \[1, 2, 3\]"),
         ({"map_layers": []}, "map_layers"),
         ({"map_layers": [1, 1]}, "map_layers"),
         ({"layers": [1, 9]}, r"layers \[1, 9\] .* has 5 feature levels"),
         ({"embedding_blocks": 0}, "embedding_blocks 0 must be 1 or larger"),
-        ({"embedding_input": "squared"}, "embedding_input 'squared' .* 'raw' or 'normalized'"),
+        ({"embedding_input": "squared"}, "embedding_input 'squared' .* 'raw', 'normalized'"),
     ],
 )
 def test_illegal_arguments_say_what_is_legal(arguments, message):
@@ -218,18 +217,18 @@ def test_score_does_not_depend_on_the_rest_of_the_batch():
 )
 def test_any_timm_teacher_learns_in_a_step(teacher, layers):
     model = build(teacher, layers=layers).train()
-    optimiser = torch.optim.Adam([p for p in model.parameters() if p.requires_grad], lr=1e-3)
+    optimizer = torch.optim.Adam([p for p in model.parameters() if p.requires_grad], lr=1e-3)
     losses = []
     for _ in range(3):
-        features = model(images(2, 64))
-        shapes = [tuple(level.shape) for level in features.teacher]
+        teacher, students = model(images(2, 64))
+        shapes = [tuple(level.shape) for level in teacher]
         assert shapes == [(2, level.channels, 64 // level.stride, 64 // level.stride) for level in model.teacher.levels]
-        assert [tuple(level.shape) for level in features.students["decoder"]] == shapes
-        loss = sum(DskdLoss()(features.teacher, features.students).values())
-        optimiser.zero_grad()
+        assert [tuple(level.shape) for level in students["decoder"]] == shapes
+        loss = sum(DskdLoss()(teacher, students).values())
+        optimizer.zero_grad()
         loss.backward()
-        optimiser.step()
+        optimizer.step()
         losses.append(loss.item())
     assert losses[-1] < losses[0]
     width = 2 * model.teacher.levels[-1].channels
-    assert model.embedding(features.students["encoder"]).shape[1] == width
+    assert model.embedding(students["encoder"]).shape[1] == width

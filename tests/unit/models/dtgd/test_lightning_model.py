@@ -34,7 +34,7 @@ def test_losses_are_those_of_the_damaged_image_against_the_clean_ones_features(m
     losses = model.compute_losses(batch)
     damaged, masks = model.pseudo_defects(batch.image, batch.image_path, epoch=0)
     anomaly_teacher = model.model.teacher(damaged)
-    students = model.model.denoise(damaged, anomaly_teacher)
+    students = model.model.student_features(damaged, anomaly_teacher)
     expected = model.loss(model.model.teacher(batch.image), students, anomaly_teacher, masks)
     assert list(losses) == ["encoder", "decoder", "dissimilarity"]
     for name, loss in losses.items():
@@ -78,7 +78,7 @@ def test_batch_norm_sees_damaged_images_and_no_clean_ones(model, batch):
     assert [torch.equal(image, damaged) for image in (*seen, *inputs)] == [True, True]
 
 
-def test_damage_is_drawn_on_the_pixels_before_normalisation(model, batch):
+def test_damage_is_drawn_on_the_pixels_before_normalization(model, batch):
     assert model.pseudo_defects.mean.flatten().tolist() == [0.5] * 3
     assert model.pseudo_defects.std.flatten().tolist() == [0.5] * 3
     damaged, _ = model.pseudo_defects(batch.image, batch.image_path, epoch=0)

@@ -21,7 +21,7 @@ def images(batch: int = 2, size: int = 64, seed: int = 0) -> Tensor:
 
 def losses_of(model: DtgdModel, clean: Tensor, damaged: Tensor) -> dict[str, Tensor]:
     anomaly_teacher = model.teacher(damaged)
-    students = model.denoise(damaged, anomaly_teacher)
+    students = model.student_features(damaged, anomaly_teacher)
     loss = DtgdLoss(margin=0.0, dissimilarity_weight=0.1)
     return loss(model.teacher_features(clean), students, anomaly_teacher, torch.ones(len(clean), 1, 64, 64))
 
@@ -54,17 +54,17 @@ def test_teacher_runs_once_for_gates_and_map(gate):
         result = model(images())
         assert calls == [1]
         teacher = model.teacher(images())
-        expected = model.anomaly_map_generator(teacher, model.denoise(images(), teacher)["decoder"], (64, 64))
+        expected = model.anomaly_map_generator(teacher, model.student_features(images(), teacher)["decoder"], (64, 64))
     torch.testing.assert_close(result.anomaly_map, expected)
     assert model.largest_score == pytest.approx(2 * 3)
 
 
 def test_features_in_training_are_those_of_both_students():
     model = build()
-    features = model(images())
-    assert list(features.students) == ["encoder", "decoder"]
-    for pyramid in features.students.values():
-        assert [level.shape for level in pyramid] == [level.shape for level in features.teacher]
+    teacher, students = model(images())
+    assert list(students) == ["encoder", "decoder"]
+    for pyramid in students.values():
+        assert [level.shape for level in pyramid] == [level.shape for level in teacher]
 
 
 @pytest.mark.parametrize("size", [(64, 96), (100, 75), (97, 64)])
@@ -81,14 +81,14 @@ def test_odd_sizes_fit_whether_the_teacher_rounds_up_or_down(teacher, size):
 )
 def test_any_timm_teacher_learns_in_a_step(teacher, layers):
     model = build(teacher, layers=layers).train()
-    optimiser = torch.optim.Adam([p for p in model.parameters() if p.requires_grad], lr=1e-3)
+    optimizer = torch.optim.Adam([p for p in model.parameters() if p.requires_grad], lr=1e-3)
     losses = []
     for _ in range(4):
         parts = losses_of(model, images(), images(seed=1))
         loss = parts["encoder"] + parts["decoder"]
-        optimiser.zero_grad()
+        optimizer.zero_grad()
         loss.backward()
-        optimiser.step()
+        optimizer.step()
         losses.append(loss.item())
     assert losses[-1] < losses[0]
 

@@ -11,7 +11,7 @@ from torch.nn.modules.batchnorm import _BatchNorm
 from anomalib_dskd import MagneticTile, Tad
 from anomalib_dskd.components.discrepancy import distillation_loss
 from anomalib_dskd.errors import ArgumentError, NotTrainedError
-from anomalib_dskd.models.tad.lightning_model import is_assistants_epoch
+from anomalib_dskd.models.tad.lightning_model import is_assistant_epoch
 from anomalib_dskd.models.tad.loss import entropy_loss, guidance_losses
 from anomalib_dskd.training.feature_cache import FeatureCache
 from tests.conftest import TEACHER, engine
@@ -84,7 +84,7 @@ def in_epoch(model: Tad, epoch: int, epochs: int = 10) -> Tad:
     ("epochs", "share", "expected"), [(10, 0.3, 3), (30, 0.3, 9), (2, 0.3, 1), (1, 0.3, 1), (5, 0.1, 1), (100, 0.5, 50)]
 )
 def test_assistant_has_the_first_share_of_the_epochs_and_at_least_one(epochs, share, expected):
-    phases = [is_assistants_epoch(epoch, epochs, share) for epoch in range(epochs)]
+    phases = [is_assistant_epoch(epoch, epochs, share) for epoch in range(epochs)]
     assert phases == [True] * expected + [False] * (epochs - expected)
 
 
@@ -131,9 +131,9 @@ def test_an_interrupted_training_goes_on_in_the_right_phase(last, magnetic_tile_
 def test_phases_are_not_moved_by_another_end(magnetic_tile_root, teacher_weights, tmp_path):
     fit(build(teacher_weights), magnetic_tile_root, tmp_path, max_epochs=2)
     checkpoint = next(tmp_path.rglob("model.ckpt"))
-    with pytest.raises(ArgumentError, match="planned with other arguments: max_epochs: 2 there, 9 here"):
+    with pytest.raises(ArgumentError, match="run has other arguments: max_epochs: checkpoint has 2, model has 9"):
         fit(build(teacher_weights), magnetic_tile_root, tmp_path / "on", checkpoint=checkpoint, max_epochs=9)
-    with pytest.raises(ArgumentError, match="planned with other arguments: assistant_share: 0.3 there, 0.4 here"):
+    with pytest.raises(ArgumentError, match="other arguments: assistant_share: checkpoint has 0.3, model has 0.4"):
         fit(
             build(teacher_weights, assistant_share=0.4),
             *(magnetic_tile_root, tmp_path / "share"),
@@ -144,11 +144,11 @@ def test_phases_are_not_moved_by_another_end(magnetic_tile_root, teacher_weights
 
 def test_a_stop_in_the_assistants_phase_is_told(magnetic_tile_root, teacher_weights, tmp_path, caplog):
     fit(build(teacher_weights), magnetic_tile_root, tmp_path, max_epochs=4, callbacks=[Record(last=0)])
-    told = "stopped while the assistant was still learning"
-    assert told in caplog.text
+    message = "training has stopped in the assistant's phase"
+    assert message in caplog.text
     caplog.clear()
     fit(build(teacher_weights), magnetic_tile_root, tmp_path / "whole", max_epochs=2)
-    assert told not in caplog.text
+    assert message not in caplog.text
 
 
 def test_a_checkpoint_of_the_assistants_phase_gives_no_results(magnetic_tile_root, teacher_weights, tmp_path):
@@ -156,7 +156,7 @@ def test_a_checkpoint_of_the_assistants_phase_gives_no_results(magnetic_tile_roo
     model = Tad.load_from_checkpoint(next(tmp_path.rglob("model.ckpt")), evaluator=False)
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")
-        with pytest.raises(NotTrainedError, match="cannot test: what scores images has not been trained in this Tad"):
+        with pytest.raises(NotTrainedError, match="the networks of this Tad that score images have not been trained"):
             engine(tmp_path / "test").test(model, datamodule=MagneticTile(magnetic_tile_root))
 
 
@@ -266,20 +266,20 @@ def test_no_parameter_is_unused_and_the_idle_ones_do_not_move(epoch, teacher_wei
     model = in_epoch(build(teacher_weights), epoch)
     monkeypatch.setattr(model, "log", lambda *_, **__: None)
     batch.image_path = None  # there are no such files
-    optimiser = model.configure_optimizers()
+    optimizer = model.configure_optimizers()
     for _ in range(2):  # with momentum of all
-        optimiser.zero_grad()
+        optimizer.zero_grad()
         sum(parameter.square().sum() for parameter in model.parameters() if parameter.requires_grad).backward()
-        optimiser.step()
+        optimizer.step()
     before = {name: parameters(network) for name, network in model.named_children() if parameters(network)}
-    optimiser.zero_grad()
+    optimizer.zero_grad()
     loss = model.training_step(batch, 0)
     assert loss.item() == pytest.approx(sum(model.compute_losses(batch).values()).item(), abs=1e-6)
     loss.backward()
     trained = [parameter for parameter in model.parameters() if parameter.requires_grad]
     assert all(parameter.grad is not None for parameter in trained)  # which several processes wait for
-    model.on_before_optimizer_step(optimiser)
-    optimiser.step()
+    model.on_before_optimizer_step(optimizer)
+    optimizer.step()
     assert same(parameters(model.assistant), before["assistant"]) == (epoch == 3)
     assert same(parameters(model.model), before["model"]) == (epoch == 0)
     assert same(parameters(model.attention), before["attention"]) == (epoch == 0)
@@ -315,7 +315,7 @@ def test_assistant_and_attention_are_no_part_of_the_model():
 def test_nothing_but_teacher_and_student_predicts(teacher_weights, batch, monkeypatch):
     model = build(teacher_weights)
     model.load_teacher_weights()
-    for part in Tad.training_parts:
+    for part in Tad.training_components:
         monkeypatch.setattr(model, part, None)
     batch.image_path = None
     with torch.no_grad():

@@ -66,10 +66,10 @@ def test_best_weights_are_the_softmax_of_the_distances():
     """What the docstring says: with factor 0.1, the least sum is where weights are softmax(-d / 0.1)."""
     distances = torch.tensor([0.10, 0.15])
     scores = torch.zeros(2, requires_grad=True)
-    optimiser = torch.optim.Adam([scores], lr=0.05)
+    optimizer = torch.optim.Adam([scores], lr=0.05)
     for _ in range(300):
         weights = scores.softmax(0)
-        optimiser.zero_grad()
+        optimizer.zero_grad()
         ((weights * distances).sum() + 0.1 * entropy_loss(weights.view(1, 1, 2))).backward()
-        optimiser.step()
+        optimizer.step()
     torch.testing.assert_close(scores.softmax(0).detach(), (-distances / 0.1).softmax(0), atol=1e-3, rtol=0)

@@ -1,7 +1,9 @@
+import errno
 import os
 import warnings
 from pathlib import Path
 from types import SimpleNamespace
+from unittest.mock import Mock
 
 import pytest
 import torch
@@ -13,7 +15,11 @@ from lightning.pytorch.plugins.io import AsyncCheckpointIO, TorchCheckpointIO
 
 from anomalib_dskd import MagneticTile
 from anomalib_dskd.errors import CheckpointError
-from anomalib_dskd.models.distillation.checkpoint import AtomicCheckpointIO, handle_checkpoints, name_best_checkpoint
+from anomalib_dskd.models.distillation.checkpoint_io import (
+    AtomicCheckpointIO,
+    install_checkpoint_io,
+    warn_of_better_checkpoint,
+)
 from tests.conftest import engine
 
 
@@ -43,12 +49,12 @@ def test_the_new_checkpoint_is_whole_before_it_takes_the_old_ones_place(tmp_path
     assert seen == [{"model.ckpt": old, "model.ckpt.part": path.read_bytes()}]
 
 
-def test_a_full_disk_leaves_the_last_checkpoint_and_an_error(tmp_path):
+def test_a_full_disk_leaves_the_last_checkpoint_and_an_error(tmp_path, monkeypatch):
     path = tmp_path / "model.ckpt"
     AtomicCheckpointIO().save_checkpoint({"epoch": 0}, path)
     before = contents(tmp_path)
-    (tmp_path / "model.ckpt.part").symlink_to("/dev/full")  # refuses all that is written to it
-    message = r"model.ckpt' of 0.0 MiB cannot be written: No space left on device. The one from before is kept. .*room"
+    monkeypatch.setattr(os, "fsync", Mock(side_effect=OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))))
+    message = r"model.ckpt' of 0.0 MiB cannot be written: No space left on device. The previous one is unchanged. Free"
     with pytest.raises(CheckpointError, match=message):
         AtomicCheckpointIO().save_checkpoint({"epoch": 1}, path)
     assert contents(tmp_path) == before
@@ -56,7 +62,7 @@ def test_a_full_disk_leaves_the_last_checkpoint_and_an_error(tmp_path):
 
 def test_a_folder_that_cannot_be_made_is_named(tmp_path):
     (tmp_path / "file").touch()
-    with pytest.raises(CheckpointError, match=r"file/model.ckpt' .*written: .*There is none from before"):
+    with pytest.raises(CheckpointError, match=r"file/model.ckpt' .*written: .*There is no previous one"):
         AtomicCheckpointIO().save_checkpoint({"epoch": 1}, tmp_path / "file" / "model.ckpt")
 
 
@@ -75,7 +81,7 @@ def test_addresses_are_left_to_lightning(tmp_path):
 )
 def test_a_users_own_way_of_saving_is_left_alone(given, used):
     trainer = Trainer(accelerator="cpu", logger=False, plugins=[given])
-    handle_checkpoints(trainer)
+    install_checkpoint_io(trainer)
     assert type(trainer.strategy.checkpoint_io) is used
     if isinstance(given, AnomalibCheckpointIO):
         assert trainer.strategy.checkpoint_io.extra_safe_globals == [Path]
@@ -112,5 +118,5 @@ def test_what_is_no_worse_is_not_told(monitor, mode, best, last, is_told, caplog
     callback = LightningCheckpoint(monitor=monitor, mode=mode, save_top_k=1 if monitor else -1)
     callback.best_model_score = None if best is None else torch.tensor(best, dtype=torch.float64)
     metrics = {} if last is None else {monitor: torch.tensor(last, dtype=torch.float64)}
-    name_best_checkpoint(SimpleNamespace(checkpoint_callbacks=[callback], callback_metrics=metrics))
+    warn_of_better_checkpoint(SimpleNamespace(checkpoint_callbacks=[callback], callback_metrics=metrics))
     assert ("better before" in caplog.text) == is_told

@@ -1,0 +1,76 @@
+"""Checks of the masks of one image, and of the folders that masks come from."""
+
+from collections.abc import Iterable, Iterator
+from pathlib import Path
+
+import numpy as np
+from numpy.typing import NDArray
+
+from anomalib_dskd.check.finding import Finding
+from anomalib_dskd.check.image_checks import ImageSummary, unsafe_finding
+from anomalib_dskd.check.samples import Sample
+from anomalib_dskd.data.image_files import READABLE_ERRORS, open_image
+from anomalib_dskd.errors import UnsafeImageError
+
+__all__ = ["check_mask_folders", "check_masks"]
+
+MAX_DEFECTIVE = 0.9  # share of an image; a mask with more is probably inverted
+
+
+def check_masks(sample: Sample, image: ImageSummary | None, *, needs_mask: bool) -> Iterator[Finding]:
+    """Check the mask files of an image.
+
+    Args:
+        sample: the image with its label and mask files.
+        image: summary of the image, or none if it cannot be read.
+        needs_mask: a defective image must have a mask.
+    """
+    masks = [mask for mask in sample.masks if sample.is_anomalous or Path(mask).is_file()]
+    if not masks and sample.is_anomalous and needs_mask:
+        text = "is defective and has no mask, although other images have one: pixel metrics would be wrong"
+        yield Finding("error", "no-mask", text, [sample.image])
+    for path in masks:
+        try:
+            with open_image(path) as file:
+                mask = np.asarray(file.convert("L"))
+        except FileNotFoundError:
+            yield Finding("error", "no-mask", "is the mask of a defective image and does not exist", [path])
+        except UnsafeImageError as error:
+            yield unsafe_finding(error, path)
+        except READABLE_ERRORS as error:
+            text = f"is a mask that cannot be read: {type(error).__name__}"
+            yield Finding("error", "unreadable-mask", text, [path])
+        else:
+            yield from _check_mask(path, mask, sample, image)
+
+
+def _check_mask(path: str, mask: NDArray[np.uint8], sample: Sample, image: ImageSummary | None) -> Iterator[Finding]:
+    if image is not None and mask.shape[::-1] != image.size:
+        text = "is a mask whose size differs from its image's: it would not cover the defect"
+        yield Finding("error", "mask-size", text, [path])
+    if sample.threshold is None and len(np.unique(mask)) > 2:  # noqa: PLR2004 - normal and defective
+        text = "is a mask with values other than black and white: all values except 0 count as defective"
+        yield Finding("warning", "mask-not-binary", text, [path])
+    defective = (mask > (sample.threshold or 0)).mean()
+    if sample.is_anomalous and not defective:
+        text = "is an empty mask of a defective image: all its pixels count as normal"
+        yield Finding("warning", "mask-empty", text, [path])
+    if sample.is_anomalous and defective > MAX_DEFECTIVE:
+        text = "is a mask that marks nearly the whole image as defective: is it inverted? Defects must be white"
+        yield Finding("warning", "mask-inverted", text, [path])
+    if not sample.is_anomalous and defective:
+        text = "is a mask that marks a defect in an image labeled as normal"
+        yield Finding("error", "mask-of-good-image", text, [path])
+
+
+def check_mask_folders(samples: Iterable[Sample]) -> Iterator[Finding]:
+    """Find images that anomalib pairs with the mask of another defect class.
+
+    anomalib pairs the sorted lists of images and masks, and compares only the names of the files, not of their folders.
+    """
+    pairs = [(sample.image, Path(sample.image).parent.name, mask) for sample in samples for mask in sample.masks]
+    mask_folders = {Path(mask).parent.name for _, _, mask in pairs}
+    for image, folder, mask in pairs:
+        if folder in mask_folders and Path(mask).parent.name != folder:
+            text = "is an image whose mask is taken from the folder of another defect class; both must sort alike"
+            yield Finding("error", "mask-of-other-image", text, [image])

@@ -1,0 +1,95 @@
+"""Export of trained models to torch, ONNX and OpenVINO, without their training-only components."""
+
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any, ClassVar
+
+from anomalib.data import AnomalibDataModule
+from anomalib.deploy import CompressionType
+
+from anomalib_dskd.errors import ArgumentError
+from anomalib_dskd.models.distillation.evaluation import EvaluationMixin
+from anomalib_dskd.models.distillation.quantization import calibration_images, quantize_file
+
+__all__ = ["ExportMixin"]
+
+ONNX_OPSET = 18  # torch's exporter writes it; asked for an older one, as anomalib does, it tries to convert and fails
+
+
+class ExportMixin(EvaluationMixin):
+    """anomalib's exports, refused before training, and with INT8 quantization of the networks only."""
+
+    training_components: ClassVar[tuple[str, ...]] = ()
+    """Attributes other than :attr:`model` that only training needs: exports do not contain them."""
+
+    def to_torch(self, *args: Any, **kwargs: Any) -> Path:  # noqa: ANN401 - passed on
+        """Export as anomalib does.
+
+        Raises:
+            NotTrainedError: the model has not been trained.
+        """
+        with self._ready_for_export():
+            return super().to_torch(*args, **kwargs)
+
+    def to_onnx(self, *args: Any, **kwargs: Any) -> Path:  # type: ignore[override] # noqa: ANN401 - passed on
+        """Export as anomalib does; the OpenVINO export calls this too.
+
+        Raises:
+            NotTrainedError: the model has not been trained.
+        """
+        kwargs.setdefault("opset_version", ONNX_OPSET)
+        with self._ready_for_export():
+            return super().to_onnx(*args, **kwargs)
+
+    def to_openvino(  # type: ignore[override]
+        self,
+        export_root: Path | str,
+        *,
+        compression_type: CompressionType | None = None,
+        datamodule: AnomalibDataModule | None = None,
+        **kwargs: Any,  # noqa: ANN401 - passed on
+    ) -> Path:
+        """Export as anomalib does; ``int8_ptq`` quantizes the networks and not the anomaly map.
+
+        Args:
+            export_root: folder of the results.
+            compression_type: none, ``fp16`` and ``int8`` (weights only), or ``int8_ptq`` (activations too).
+            datamodule: training images for ``int8_ptq``.
+            **kwargs: anomalib's, such as ``input_size``.
+
+        Returns:
+            The model's ``.xml`` file.
+
+        Raises:
+            ArgumentError: the compression is not supported, or has no images to calibrate on.
+            NotTrainedError: the model has not been trained.
+        """
+        if compression_type == CompressionType.INT8_ACQ:
+            msg = (
+                "compression_type 'int8_acq' needs defects to check the accuracy on, and quantizes the anomaly map "
+                "too. Supported values: none, 'fp16', 'int8' (weights only) and 'int8_ptq' (activations too)."
+            )
+            raise ArgumentError(msg)
+        if compression_type != CompressionType.INT8_PTQ:
+            return super().to_openvino(export_root, compression_type=compression_type, datamodule=datamodule, **kwargs)
+        if datamodule is None:
+            msg = "compression_type 'int8_ptq' needs training images: give --data and its arguments, or a datamodule."
+            raise ArgumentError(msg)
+        path = super().to_openvino(export_root, **kwargs)
+        quantize_file(path, calibration_images(datamodule, kwargs.get("input_size") or self.input_size))
+        return path
+
+    @contextmanager
+    def _ready_for_export(self) -> Iterator[None]:
+        """Check that the model is trained, and leave training-only components out within the context."""
+        self.require_training("export")
+        self.warn_without_thresholds()
+        components = {name: getattr(self, name) for name in self.training_components}
+        try:
+            for name in components:
+                setattr(self, name, None)
+            yield
+        finally:
+            for name, component in components.items():
+                setattr(self, name, component)

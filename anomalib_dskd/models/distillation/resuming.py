@@ -1,0 +1,144 @@
+"""Comparison of a checkpoint's arguments with a model's, before it is tested or its training is resumed."""
+
+import inspect
+import io
+from collections.abc import Mapping
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import torch
+from anomalib.utils.serialization import anomalib_safe_globals
+
+from anomalib_dskd.components.backbone import full_name
+from anomalib_dskd.errors import ArgumentError
+from anomalib_dskd.models.distillation.image_size import height_and_width
+from anomalib_dskd.models.distillation.training_options import TRAINING_ONLY
+
+if TYPE_CHECKING:
+    from anomalib_dskd.models.distillation.checkpoints import CheckpointMixin
+
+__all__ = [
+    "CHECKPOINT_KEY",
+    "add_arguments",
+    "canonical_value",
+    "check_arguments",
+    "constructor_defaults",
+    "resume_training",
+    "without_unknown_arguments",
+]
+
+CHECKPOINT_KEY = "anomalib_dskd"
+"""Key in a checkpoint of what this package adds to it."""
+
+
+def constructor_defaults(model_class: type) -> dict[str, Any]:
+    """Return the defaults of all arguments that a model's constructor takes, its own and the shared ones."""
+    constructors = [vars(base)["__init__"] for base in model_class.__mro__ if "__init__" in vars(base)]
+    named = {}
+    for constructor in reversed(constructors):
+        for parameter in inspect.signature(constructor).parameters.values():
+            if parameter.name != "self" and parameter.kind in {parameter.POSITIONAL_OR_KEYWORD, parameter.KEYWORD_ONLY}:
+                named[parameter.name] = parameter.default
+    return named
+
+
+def canonical_value(model_class: type["CheckpointMixin"], name: str, arguments: Mapping[str, Any]) -> object:
+    """Return the same value for spellings that mean the same: defaults, a backbone's default tag, lists and tuples."""
+    value = arguments[name]
+    if name in model_class.backbones and value is not None:
+        return full_name(value)
+    if name in model_class.layers_by_default and value is None:
+        value = arguments["layers"]
+    if name == "image_size":
+        return height_and_width(value)
+    return list(value) if isinstance(value, (list, tuple)) else value
+
+
+def add_arguments(model: "CheckpointMixin", checkpoint: dict[str, Any]) -> None:
+    """Add to a checkpoint the arguments that results depend on, and the length of the training run.
+
+    Lightning's own copy of the arguments is merged with those that ``load_from_checkpoint`` is given.
+    """
+    arguments = {name: value for name, value in model.hparams.items() if name not in TRAINING_ONLY}
+    max_epochs = getattr(model._trainer, "max_epochs", None)
+    checkpoint.setdefault(CHECKPOINT_KEY, {}).update(arguments=arguments, max_epochs=max_epochs)
+
+
+def check_arguments(model: "CheckpointMixin", checkpoint: Mapping[str, Any]) -> None:
+    """Raise if an argument that results depend on differs between a checkpoint and the model that loads it.
+
+    Raises:
+        ArgumentError: the arguments that differ, with both values.
+    """
+    saved = checkpoint.get(CHECKPOINT_KEY, {}).get("arguments") or checkpoint.get("hyper_parameters", {})
+    given, kind = dict(model.hparams), type(model)
+    names = [name for name in saved if name in given and name not in model.training_only]
+    changed = [name for name in names if canonical_value(kind, name, saved) != canonical_value(kind, name, given)]
+    if changed:
+        msg = (
+            f"the checkpoint was trained with other arguments: {_differences(changed, saved, given)}. Give the same "
+            f"arguments or --config, or use {model.name}.load_from_checkpoint(path) without any, which takes them from "
+            "the checkpoint."
+        )
+        raise ArgumentError(msg)
+
+
+def resume_training(model: "CheckpointMixin", checkpoint: dict[str, Any]) -> None:
+    """Prepare a checkpoint for resuming: its optimizer gets the model's settings where these may be changed.
+
+    Raises:
+        ArgumentError: the learning-rate schedule, or what else depends on the length of training, would not continue.
+    """
+    saved_arguments = checkpoint.get("hyper_parameters", {})
+    given: dict[str, Any] = {name: model.hparams[name] for name in sorted({"schedule"} | model.schedule_arguments)}
+    saved = {name: saved_arguments.get(name, value) for name, value in given.items()}
+    if model.schedule_arguments and CHECKPOINT_KEY in checkpoint:
+        saved["max_epochs"], given["max_epochs"] = checkpoint[CHECKPOINT_KEY]["max_epochs"], model.trainer.max_epochs
+    if saved.get("max_epochs") == -1:
+        msg = "the checkpoint's training run ends by max_steps only, and cannot be resumed: start a new one."
+        raise ArgumentError(msg)
+    changed = [name for name in saved if saved[name] != given[name]]
+    if changed:
+        msg = (
+            f"the checkpoint's training run has other arguments: {_differences(changed, saved, given)}. Give the same, "
+            "or start a new one."
+        )
+        raise ArgumentError(msg)
+    options = model.options
+    for group in (group for state in checkpoint.get("optimizer_states", []) for group in state["param_groups"]):
+        group.update(betas=options.betas, weight_decay=options.weight_decay)
+        if options.schedule == "constant":
+            group["lr"] = options.learning_rate
+
+
+def without_unknown_arguments(model_class: type["CheckpointMixin"], path: str | Path) -> str | Path | io.BytesIO:
+    """Return a checkpoint without arguments that the model does not have, such as those of another version.
+
+    Lightning drops them only for constructors without ``**kwargs``.
+
+    Args:
+        model_class: class of the model that is to be loaded.
+        path: checkpoint file.
+
+    Returns:
+        The path if there are none, else a copy of the file in memory.
+    """
+    if not Path(path).is_file():
+        return path  # a URL, or a missing file that Lightning names
+    with anomalib_safe_globals(extra=model_class.checkpoint_safe_globals()):
+        checkpoint = torch.load(path, map_location="cpu", weights_only=True)
+    arguments = checkpoint.get("hyper_parameters", {})
+    # names with an underscore are Lightning's own, which it checks itself
+    known = constructor_defaults(model_class).keys()
+    unknown = {name for name in arguments if name not in known and not name.startswith("_")}
+    if not unknown:
+        return path
+    checkpoint["hyper_parameters"] = {name: value for name, value in arguments.items() if name not in unknown}
+    copy = io.BytesIO()
+    torch.save(checkpoint, copy)
+    copy.seek(0)
+    return copy
+
+
+def _differences(names: list[str], saved: Mapping[str, Any], given: Mapping[str, Any]) -> str:
+    return "; ".join(f"{name}: checkpoint has {saved[name]!r}, model has {given[name]!r}" for name in names)

@@ -1,0 +1,91 @@
+"""Checks of the Trainer's settings before and at the start of training."""
+
+import math
+
+from lightning import Trainer
+from lightning.pytorch.callbacks import StochasticWeightAveraging, WeightAveraging
+
+from anomalib_dskd.errors import ArgumentError
+
+__all__ = ["check_last_step", "check_planned_steps", "check_trainer", "number_of_steps", "steps_per_epoch"]
+
+PRECISIONS = ("32-true", "bf16-mixed", "16-mixed")  # anomalib's batches stay in FP32 under 64-true
+
+
+def number_of_steps(trainer: Trainer) -> int:
+    """Return the number of optimizer steps of the whole training run, which a schedule with an end needs."""
+    steps = trainer.estimated_stepping_batches
+    if not math.isfinite(steps):
+        msg = "schedule 'one_cycle' needs the length of training: give --trainer.max_epochs or --trainer.max_steps."
+        raise ArgumentError(msg)
+    return int(steps)
+
+
+def steps_per_epoch(trainer: Trainer) -> int | None:
+    """Return the number of optimizer steps per epoch, once training has begun; None if an epoch has no end."""
+    batches = trainer.num_training_batches
+    return None if math.isinf(batches) else math.ceil(batches / trainer.accumulate_grad_batches)
+
+
+def check_trainer(trainer: Trainer) -> None:
+    """Raise unless the Trainer's settings lead to a result.
+
+    Raises:
+        ArgumentError: a setting that loses checkpoints, thresholds or precision.
+    """
+    for callback in trainer.callbacks:  # type: ignore[attr-defined]
+        if isinstance(callback, (StochasticWeightAveraging, WeightAveraging)):
+            msg = (
+                f"callback {type(callback).__name__}: its averaged weights would be saved with thresholds of other "
+                "weights or none, and may count as untrained. Give --model.ema_decay 0.99 instead, which averages "
+                "weights too."
+            )
+            raise ArgumentError(msg)
+    epochs, interval = trainer.max_epochs or 0, trainer.check_val_every_n_epoch or 1
+    if trainer.enable_validation and epochs > 0 and epochs % interval:
+        msg = (
+            f"max_epochs {epochs} is not a multiple of check_val_every_n_epoch {interval}: the last epochs would have "
+            "neither thresholds nor a checkpoint. Change one of them (--trainer.max_epochs, "
+            "--trainer.check_val_every_n_epoch)."
+        )
+        raise ArgumentError(msg)
+    if trainer.ckpt_path and trainer.max_steps != -1:
+        msg = (
+            f"max_steps {trainer.max_steps}: with it Lightning counts a resumed checkpoint's epoch twice, and would "
+            "end an epoch early. To resume training, give only --trainer.max_epochs."
+        )
+        raise ArgumentError(msg)
+    if str(trainer.precision) not in PRECISIONS:
+        msg = (
+            f"precision {trainer.precision!r} is too coarse for the anomaly map, or differs from the images'. "
+            f"Supported values: {', '.join(PRECISIONS)}."
+        )
+        raise ArgumentError(msg)
+
+
+def check_last_step(trainer: Trainer) -> None:
+    """Raise if training ends between two validations by ``max_steps``, now that the number of batches is known."""
+    steps, per_epoch = trainer.max_steps, steps_per_epoch(trainer)
+    if steps <= 0 or not trainer.enable_validation or per_epoch is None or trainer.check_val_every_n_epoch is None:
+        return
+    if trainer.val_check_batch != trainer.num_training_batches or 0 < (trainer.max_epochs or -1) * per_epoch <= steps:
+        return  # validated within epochs, or ended by them
+    interval = per_epoch * trainer.check_val_every_n_epoch
+    if steps % interval:
+        msg = (
+            f"max_steps {steps} is not a multiple of the {interval} steps between validations: the last steps would "
+            "have neither thresholds nor a checkpoint. Give a multiple, or --trainer.max_epochs."
+        )
+        raise ArgumentError(msg)
+
+
+def check_planned_steps(trainer: Trainer) -> None:
+    """Raise if a resumed schedule was made for another number of steps: it would end early, or in an error."""
+    (config,) = trainer.lr_scheduler_configs
+    planned, steps = getattr(config.scheduler, "total_steps", None), number_of_steps(trainer)
+    if planned != steps:
+        msg = (
+            f"the checkpoint's schedule has {planned} steps, and this training run has {steps}. Give the same batch "
+            "size, accumulate_grad_batches, devices and max_epochs, or start a new training run."
+        )
+        raise ArgumentError(msg)

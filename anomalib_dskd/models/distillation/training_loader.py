@@ -1,0 +1,76 @@
+"""The data loader of the training images, and batches from it."""
+
+import math
+from collections.abc import Callable, Sized
+from typing import TYPE_CHECKING, Any, cast
+
+import torch
+from anomalib.data import ImageBatch
+from anomalib.pre_processing import PreProcessor
+from lightning import Trainer
+from torch import nn
+from torch.utils.data import DataLoader
+
+from anomalib_dskd.errors import DataError
+from anomalib_dskd.training.batch_norm import reestimated_statistics
+
+if TYPE_CHECKING:
+    from anomalib_dskd.models.distillation.lightning_model import DistillationModule
+
+__all__ = ["channels_last", "estimate_batch_norm", "number_of_images", "training_loader"]
+
+
+def training_loader(trainer: Trainer) -> DataLoader[Any]:
+    """Return the loader of the training images.
+
+    Raises:
+        DataError: it is none of torch's, or there are several.
+    """
+    loader = trainer.train_dataloader
+    if not isinstance(loader, DataLoader):
+        msg = f"training images come from {type(loader).__name__}. Supported: one torch DataLoader."
+        raise DataError(msg)
+    return loader
+
+
+def number_of_images(loader: DataLoader[Any]) -> int:
+    """Return the number of images that a loader reads."""
+    return len(cast("Sized", loader.dataset))
+
+
+def channels_last(batch: ImageBatch) -> ImageBatch:
+    """Store a batch's images channels last, which is faster on CPUs with BF16 units."""
+    batch.image = torch.as_tensor(batch.image).contiguous(memory_format=torch.channels_last)
+    return batch
+
+
+@torch.no_grad()
+def estimate_batch_norm(
+    module: "DistillationModule", network: nn.Module, run: Callable[[ImageBatch], object], *, images: int
+) -> None:
+    """Re-estimate batch-norm statistics from randomly chosen training images, the same ones each time.
+
+    Args:
+        module: is being trained.
+        network: network whose statistics are estimated.
+        run: passes a training batch through it.
+        images: number of training images; 0 keeps the running averages.
+    """
+    if not images:
+        return
+    trainer = module.trainer
+    loader = training_loader(trainer)
+    order = torch.randperm(number_of_images(loader), generator=torch.Generator().manual_seed(0))
+    chosen = order[:images]
+    size = loader.batch_size or getattr(loader.batch_sampler, "batch_size", None) or 1
+    was_training = network.training
+    network.train()
+    with reestimated_statistics(network), trainer.precision_plugin.forward_context():
+        # batches of nearly equal size, since each counts the same
+        for part in torch.tensor_split(chosen, math.ceil(len(chosen) / size)):
+            batch = loader.collate_fn([loader.dataset[index] for index in part.tolist()])
+            batch = trainer.strategy.batch_to_device(batch)
+            if isinstance(module.pre_processor, PreProcessor):
+                module.pre_processor.on_train_batch_start(trainer, module, batch, 0)
+            run(channels_last(batch))
+    network.train(was_training)
