@@ -8,6 +8,7 @@ from anomalib.models.components import AnomalibModule
 from jsonargparse import ArgumentParser
 
 from anomalib_dskd.benchmark.config import Job
+from anomalib_dskd.data.data_module_checks import check_names
 from anomalib_dskd.errors import ArgumentError
 
 __all__ = ["build_data_module", "build_model", "check_job", "import_model_class", "parameter_names"]
@@ -25,8 +26,13 @@ def check_job(job: Job) -> None:
 
 
 def build_data_module(job: Job) -> AnomalibDataModule:
-    """Return the data module of a job."""
+    """Return the data module of a job.
+
+    Raises:
+        ArgumentError: its name or category would place results outside of their folder.
+    """
     data: AnomalibDataModule = _build(AnomalibDataModule, job.data_class_path, _data_arguments(job))
+    check_names(data)
     return data
 
 

@@ -33,7 +33,6 @@ from anomalib_dskd.benchmark.machine import describe_machine
 from anomalib_dskd.benchmark.predictions import Predictions, ScoreRecorder, compute_metrics, compute_metrics_by_class
 from anomalib_dskd.benchmark.run_folder import PREDICTIONS
 from anomalib_dskd.benchmark.speed import measure_cost, measure_openvino, measure_pytorch, peak_memory_mib
-from anomalib_dskd.data.data_module_checks import check_names
 from anomalib_dskd.file_writing import write_file
 
 __all__ = ["run_job", "training_run_id"]
@@ -56,7 +55,6 @@ def run_job(job: Job, folder: Path, report: Report, checkpoint: Path | None = No
     started = now()
     seed_everything(job.seed, workers=True, verbose=False)  # before the first random number
     data = build_data_module(job)
-    check_names(data)
     model = build_model(job)
     seed_everything(job.seed, workers=True, verbose=False)  # constructors of models draw different numbers
     report(0.0, "preparing")

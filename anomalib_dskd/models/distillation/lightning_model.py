@@ -117,18 +117,7 @@ class DistillationModule(ExportMixin, CheckpointMixin):
         evaluator: Evaluator | bool = True,
         visualizer: Visualizer | bool = True,
     ) -> None:
-        options = TrainingOptions(
-            teacher_weights=teacher_weights,
-            learning_rate=learning_rate,
-            schedule=schedule,
-            betas=betas,
-            weight_decay=weight_decay,
-            batch_norm_images=batch_norm_images,
-            ema_decay=ema_decay,
-            teacher_cache=teacher_cache,
-            image_cache=image_cache,
-            seed=seed,
-        )
+        options = TrainingOptions.from_arguments(locals())
         check_not_negative(sigma=sigma)
         check_teacher(teacher)
         super().__init__(

@@ -1,9 +1,12 @@
 """Arguments of all models that only training depends on, checked."""
 
 import math
+from collections.abc import Mapping
 from dataclasses import dataclass, fields
 from pathlib import Path
-from typing import Literal
+from typing import Any, Literal
+
+from typing_extensions import Self
 
 from anomalib_dskd.argument_checks import check_choice, check_not_negative
 from anomalib_dskd.errors import ArgumentError
@@ -34,6 +37,11 @@ class TrainingOptions:
     teacher_cache: float
     image_cache: float
     seed: int | None
+
+    @classmethod
+    def from_arguments(cls, arguments: Mapping[str, Any]) -> Self:
+        """Select the training options from all arguments of a model's constructor."""
+        return cls(**{option.name: arguments[option.name] for option in fields(cls)})
 
     def __post_init__(self) -> None:
         """Check the values."""
