@@ -126,8 +126,13 @@ class Tad(DistillationModule, AnomalibModule):
     def check_image_size(self) -> None:
         """Check the image size against the assistant too."""
         super().check_image_size()
-        if self.input_size is not None:
-            self._check_assistant_size(*self.input_size)
+        backbone, size = None if self.assistant is None else self.assistant.backbone, self.input_size
+        if backbone is not None and size is not None and backbone.fixed_size not in {None, tuple(size)}:
+            msg = (
+                f"images of {size[0]}x{size[1]} pixels: the assistant {backbone.name!r} supports only "
+                f"{backbone.fixed_size}. Give this image_size, or an assistant that takes any."
+            )
+            raise ArgumentError(msg)
 
     # --- phases -------------------------------------------------------------------------------------------------
 
@@ -251,15 +256,6 @@ class Tad(DistillationModule, AnomalibModule):
         assert self.assistant is not None  # the callers check
         features: list[Tensor] = self.assistant(torch.as_tensor(batch.image), [level.shape[-2:] for level in teacher])
         return features
-
-    def _check_assistant_size(self, height: int, width: int) -> None:
-        backbone = None if self.assistant is None else self.assistant.backbone
-        if backbone is not None and backbone.fixed_size not in {None, (height, width)}:
-            msg = (
-                f"images of {height}x{width} pixels: the assistant {backbone.name!r} supports only "
-                f"{backbone.fixed_size}. Give this image_size, or an assistant that takes any."
-            )
-            raise ArgumentError(msg)
 
     def _idle_parameters(self) -> Iterator[nn.Parameter]:
         """Yield the parameters that are not trained in the current phase."""
