@@ -2,6 +2,7 @@
 
 from collections.abc import Iterator
 from contextlib import contextmanager
+from functools import partial
 from pathlib import Path
 from typing import Any, ClassVar
 
@@ -10,7 +11,8 @@ from anomalib.deploy import CompressionType
 
 from anomalib_dskd.errors import ArgumentError
 from anomalib_dskd.models.distillation.evaluation import EvaluationMixin
-from anomalib_dskd.models.distillation.quantization import calibration_images, quantize_file
+from anomalib_dskd.models.distillation.openvino_files import replace_antialiased_resize, rewrite_file
+from anomalib_dskd.models.distillation.quantization import calibration_images, quantize_networks
 
 __all__ = ["ExportMixin"]
 
@@ -71,13 +73,15 @@ class ExportMixin(EvaluationMixin):
                 "too. Supported values: none, 'fp16', 'int8' (weights only) and 'int8_ptq' (activations too)."
             )
             raise ArgumentError(msg)
-        if compression_type != CompressionType.INT8_PTQ:
-            return super().to_openvino(export_root, compression_type=compression_type, datamodule=datamodule, **kwargs)
-        if datamodule is None:
+        quantize = compression_type == CompressionType.INT8_PTQ
+        if quantize and datamodule is None:
             msg = "compression_type 'int8_ptq' needs training images: give --data and its arguments, or a datamodule."
             raise ArgumentError(msg)
-        path = super().to_openvino(export_root, **kwargs)
-        quantize_file(path, calibration_images(datamodule, kwargs.get("input_size") or self.input_size))
+        path = super().to_openvino(export_root, compression_type=None if quantize else compression_type, **kwargs)
+        rewrite_file(path, replace_antialiased_resize)
+        if datamodule is not None and quantize:
+            images = calibration_images(datamodule, kwargs.get("input_size") or self.input_size)
+            rewrite_file(path, partial(quantize_networks, images=images))
         return path
 
     @contextmanager

@@ -6,8 +6,6 @@ module works around both; ``tests/integration/test_quantization.py`` tells when 
 """
 
 from collections.abc import Iterable, Iterator
-from pathlib import Path
-from tempfile import TemporaryDirectory
 from typing import TYPE_CHECKING, cast
 
 import numpy as np
@@ -27,7 +25,6 @@ __all__ = [
     "calibration_images",
     "first_convolutions",
     "map_operations",
-    "quantize_file",
     "quantize_networks",
 ]
 
@@ -66,23 +63,6 @@ def quantize_networks(model: "openvino.Model", images: Iterable[NDArray[np.float
             ),
         ),
     )
-
-
-def quantize_file(path: Path, images: Iterable[NDArray[np.float32]]) -> None:
-    """Replace an exported model by its quantized version.
-
-    Args:
-        path: ``.xml`` file, with the weights in a ``.bin`` file of the same name.
-        images: see :func:`quantize_networks`.
-    """
-    import openvino  # noqa: PLC0415 - an extra
-
-    with TemporaryDirectory(dir=path.parent) as folder:
-        model = quantize_networks(openvino.Core().read_model(path), images)
-        openvino.save_model(model, Path(folder) / path.name, compress_to_fp16=False)
-        del model  # it may still read the weights file that is replaced
-        for suffix in (".bin", ".xml"):
-            (Path(folder) / path.with_suffix(suffix).name).replace(path.with_suffix(suffix))
 
 
 def first_convolutions(model: "openvino.Model") -> list[str]:
@@ -142,7 +122,7 @@ def calibration_images(data: AnomalibDataModule, size: tuple[int, int] | None) -
     for number, index in enumerate(order[:CALIBRATION_IMAGES].tolist()):
         image = torch.as_tensor(data.train_data[index].image)[None]  # (1, 3, H, W)
         if size is not None and image.shape[-2:] != size:
-            image = F.interpolate(image, size=size, mode="bilinear")
+            image = F.interpolate(image, size=size, mode="bilinear", antialias=True)
         if number % 2:
             image, _ = pseudo_defects(image, None, epoch=0)
         yield cast("NDArray[np.float32]", image.numpy())

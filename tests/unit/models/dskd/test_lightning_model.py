@@ -271,7 +271,7 @@ def test_checkpoint_brings_the_teacher_and_the_result(trained):
     assert loaded.model.teacher.weights_origin["file"] == "weights.safetensors"
     assert tuple(loaded.input_size) == (64, 64)
     assert not any(parameter.requires_grad for parameter in loaded.model.teacher.parameters())
-    assert loaded.pre_processor.transform.transforms[0].antialias is False
+    assert loaded.pre_processor.transform.transforms[0].antialias is True
 
 
 def test_checkpoint_of_other_arguments_is_refused(trained, magnetic_tile_root, tmp_path):
