@@ -9,7 +9,9 @@ from anomalib.models.components.filters.blur import compute_kernel_size
 from torch import Tensor, nn
 from torch.nn import functional as F  # noqa: N812
 
-from anomalib_dskd.components.discrepancy import discrepancy
+from anomalib_dskd.argument_checks import check_not_negative
+from anomalib_dskd.components.discrepancy import pooled_discrepancy
+from anomalib_dskd.errors import ArgumentError
 
 __all__ = ["AnomalyMapGenerator", "anomaly_score", "sum_of_levels"]
 
@@ -47,11 +49,21 @@ class AnomalyMapGenerator(nn.Module):
     Args:
         l2_weight: lambda of Eq. (6).
         sigma: standard deviation of the Gaussian of Eq. (9) in pixels of the network's input; 0 disables the blur.
+        pooling: height and width of the window over which errors are averaged at each level, see
+            :func:`~anomalib_dskd.components.discrepancy.pooled_discrepancy`; 1 is Eq. (6).
+
+    Raises:
+        ArgumentError: ``sigma`` is negative, or ``pooling`` is not an odd number.
     """
 
-    def __init__(self, *, l2_weight: float = 0.1, sigma: float = 4.0) -> None:
+    def __init__(self, *, l2_weight: float = 0.1, sigma: float = 4.0, pooling: int = 1) -> None:
         super().__init__()
+        check_not_negative(sigma=sigma)
+        if not (isinstance(pooling, int) and pooling > 0 and pooling % 2):
+            msg = f"map_pooling {pooling!r} is not supported. Supported values: odd numbers of pixels, such as 1 and 3."
+            raise ArgumentError(msg)
         self.l2_weight = l2_weight
+        self.pooling = pooling
         self.kernel_size = compute_kernel_size(sigma) if sigma > 0 else 1
         self.blur = _separable_blur(sigma, self.kernel_size) if sigma > 0 else nn.Identity()
 
@@ -70,7 +82,10 @@ class AnomalyMapGenerator(nn.Module):
         # autocast would blur in BF16, whose rounding steps are as large as the differences between scores
         autocast = torch.autocast(device, enabled=False) if torch.is_autocast_enabled(device) else nullcontext()
         with autocast:
-            maps = [discrepancy(a, b, l2_weight=self.l2_weight) for a, b in zip(first, second, strict=True)]
+            maps = [
+                pooled_discrepancy(a, b, l2_weight=self.l2_weight, size=self.pooling)
+                for a, b in zip(first, second, strict=True)
+            ]
             smooth: Tensor = self.blur(sum_of_levels(maps, size))
         return smooth
 

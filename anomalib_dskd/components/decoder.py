@@ -6,6 +6,7 @@ from torch import Tensor, nn
 
 from anomalib_dskd.components.backbone import FeatureLevel
 from anomalib_dskd.components.embedding import embedding_channels
+from anomalib_dskd.components.initialization import initialize_convolutions
 from anomalib_dskd.components.residual import ResidualBlock, match_size
 
 __all__ = ["DecoderStudent"]
@@ -29,6 +30,7 @@ class DecoderStudent(nn.Module):
             )
             for index, level in enumerate(reversed(levels))
         )
+        initialize_convolutions(self)
 
     def forward(self, embedding: Tensor, sizes: Sequence[Sequence[int]]) -> list[Tensor]:
         """Map the embedding ``(B, 2 C_K, h, w)`` to one ``(B, C_k, H_k, W_k)`` tensor per level, shallow to deep.

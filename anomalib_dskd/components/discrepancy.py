@@ -6,7 +6,7 @@ import torch
 from torch import Tensor
 from torch.nn import functional as F  # noqa: N812
 
-__all__ = ["discrepancy", "distillation_loss"]
+__all__ = ["discrepancy", "distillation_loss", "pooled_discrepancy"]
 
 
 def discrepancy(first: Tensor, second: Tensor, *, l2_weight: float) -> Tensor:
@@ -36,6 +36,42 @@ def discrepancy(first: Tensor, second: Tensor, *, l2_weight: float) -> Tensor:
     """
     cosine = (F.normalize(first.float(), dim=1) * F.normalize(second.float(), dim=1)).sum(dim=1, keepdim=True)
     return (1 + l2_weight) * (1 - cosine)
+
+
+def pooled_discrepancy(first: Tensor, second: Tensor, *, l2_weight: float, size: int) -> Tensor:
+    r"""Compare two feature maps as Eq. (6) does, after averaging the difference of their unit vectors over a window.
+
+    .. math::
+        M_{ij} = \frac{1 + \lambda}{2} \Big\lVert \frac{1}{|W_{ij}|} \sum_{(p,q) \in W_{ij}} (\hat a_{pq} - \hat b_{pq})
+        \Big\rVert^2
+
+    where the window W is cut off at the edges of the map. Errors of a student that reconstructs a normal image point
+    in different directions at neighboring pixels, so that their average is short; a defect that covers several pixels
+    shifts them in a common direction. With a window of one pixel this is :func:`discrepancy`. Averaging features over
+    3x3 neighbors before they are compared is known from PatchCore (https://arxiv.org/abs/2106.08265, section 3.1).
+
+    Args:
+        first: features ``(B, C, H, W)``.
+        second: features ``(B, C, H, W)``.
+        l2_weight: lambda of Eq. (6).
+        size: height and width of the window in pixels of the feature map, odd.
+
+    Returns:
+        Map ``(B, 1, H, W)`` from 0 to ``2 * (1 + l2_weight)``.
+
+    Example:
+        >>> a = torch.tensor([[1.0, 0.0], [1.0, 0.0]]).T.reshape(1, 2, 1, 2)  # (1, 0) at both pixels
+        >>> b = torch.tensor([[0.6, 0.8], [0.6, -0.8]]).T.reshape(1, 2, 1, 2)  # errors of opposite directions
+        >>> discrepancy(a, b, l2_weight=0.0).flatten().tolist()  # 1 - 0.6
+        [0.4..., 0.4...]
+        >>> pooled_discrepancy(a, b, l2_weight=0.0, size=3).flatten().tolist()  # 0.4 ** 2 / 2
+        [0.08..., 0.08...]
+    """
+    if size == 1:
+        return discrepancy(first, second, l2_weight=l2_weight)
+    error = F.normalize(first.float(), dim=1) - F.normalize(second.float(), dim=1)  # (B, C, H, W)
+    mean = F.avg_pool2d(error, size, stride=1, padding=size // 2, count_include_pad=False)
+    return (1 + l2_weight) / 2 * mean.square().sum(dim=1, keepdim=True)
 
 
 def distillation_loss(teacher: Sequence[Tensor], student: Sequence[Tensor], *, l2_weight: float) -> Tensor:

@@ -7,6 +7,7 @@ import torch
 from torch import Tensor, nn
 
 from anomalib_dskd.components.backbone import FeatureLevel
+from anomalib_dskd.components.initialization import initialize_convolutions
 from anomalib_dskd.components.residual import ResidualBlock, conv_block, halvings, match_size
 from anomalib_dskd.errors import ArgumentError
 
@@ -44,6 +45,7 @@ class DeepFeatureEmbedding(nn.Module):
             ResidualBlock.down(len(levels) * levels[-1].channels, width),
             *(ResidualBlock.same(width) for _ in range(blocks - 1)),
         )
+        initialize_convolutions(self)
 
     def forward(self, features: Sequence[Tensor]) -> Tensor:
         """Map the levels, each ``(B, C_k, H_k, W_k)``, to ``(B, 2 C_K, ceil(H_K / 2), ceil(W_K / 2))``."""
@@ -61,6 +63,7 @@ class DirectEmbedding(nn.Module):
     def __init__(self, levels: Sequence[FeatureLevel]) -> None:
         super().__init__()
         self.reduction = conv_block(levels[-1].channels, embedding_channels(levels), stride=2)
+        initialize_convolutions(self)
 
     def forward(self, features: Sequence[Tensor]) -> Tensor:
         """Map the deepest level ``(B, C_K, H_K, W_K)`` to ``(B, 2 C_K, ceil(H_K / 2), ceil(W_K / 2))``."""

@@ -1,6 +1,7 @@
 """The networks of AFKD: the teacher's feature levels are fused step by step, embedded and decoded."""
 
 from collections.abc import Sequence
+from typing import Any
 
 from torch import Tensor
 from torch.nn import functional as F  # noqa: N812
@@ -26,7 +27,7 @@ class AfkdModel(DistillationModel):
         layers: indices into its feature levels.
         fusion: weights of the levels that meet: ``learned``, or ``equal``.
         embedding_blocks: residual blocks of the embedding.
-        sigma: standard deviation of the map's blur in pixels.
+        **kwargs: of the anomaly map, which :class:`DistillationModel` documents.
 
     Raises:
         ArgumentError: a value is out of range.
@@ -41,9 +42,9 @@ class AfkdModel(DistillationModel):
         *,
         fusion: FusionWeights = "learned",
         embedding_blocks: int = 2,
-        sigma: float = 4.0,
+        **kwargs: Any,  # noqa: ANN401
     ) -> None:
-        super().__init__(teacher, layers, sigma=sigma)
+        super().__init__(teacher, layers, **kwargs)
         levels = self.teacher.levels
         self.fusion = AsymptoticFusion(levels, fusion)
         self.embedding = DeepFeatureEmbedding(levels, embedding_blocks)

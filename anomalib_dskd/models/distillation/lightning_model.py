@@ -18,7 +18,6 @@ from lightning.pytorch.trainer.states import TrainerFn
 from lightning.pytorch.utilities.types import OptimizerLRScheduler
 from torch import Tensor, nn
 
-from anomalib_dskd.argument_checks import check_not_negative
 from anomalib_dskd.components.backbone import check_teacher
 from anomalib_dskd.components.find_weights import find_teacher_weights
 from anomalib_dskd.evaluation import RawScoreEvaluator
@@ -64,6 +63,9 @@ class DistillationModule(ExportMixin, CheckpointMixin):
         image_size: height and width that images are resized to, without a crop. Default: 256 (section 4.1.2).
             Excludes ``pre_processor``.
         sigma: standard deviation of the anomaly map's Gaussian blur in pixels, Eq. (9); 0 for none. Default: 4.
+        map_pooling: height and width, in pixels of each feature level, of the window over which the anomaly map
+            averages the errors' vectors before it takes their length; odd. Default: 1, as in the paper, Eq. (6).
+            3, as in PatchCore, finds large defects better, see ``docs/recommended.md``.
         learning_rate: of Adam; with ``one_cycle`` its peak. Default: 0.001 (section 4.1.2).
         schedule: ``constant``, or ``one_cycle``: up to ``learning_rate`` over the first 30 % of the steps, then down to
             nearly 0. Default: constant (section 4.1.2).
@@ -93,7 +95,7 @@ class DistillationModule(ExportMixin, CheckpointMixin):
         ArgumentError: a value is out of range or a combination makes no sense.
     """
 
-    map_only: ClassVar[frozenset[str]] = frozenset({"sigma"})
+    map_only: ClassVar[frozenset[str]] = frozenset({"map_pooling", "sigma"})
     """Arguments that training does not depend on: a benchmark trains once for models that differ only in these."""
 
     def __init__(
@@ -103,6 +105,7 @@ class DistillationModule(ExportMixin, CheckpointMixin):
         teacher_weights: str | Path | None = None,
         image_size: int | tuple[int, int] | None = None,
         sigma: float = 4.0,
+        map_pooling: int = 1,
         learning_rate: float = 1e-3,
         schedule: Schedule = "constant",
         betas: tuple[float, float] = (0.5, 0.999),
@@ -118,7 +121,6 @@ class DistillationModule(ExportMixin, CheckpointMixin):
         visualizer: Visualizer | bool = True,
     ) -> None:
         options = TrainingOptions.from_arguments(locals())
-        check_not_negative(sigma=sigma)
         check_teacher(teacher)
         super().__init__(
             pre_processor=resolve_pre_processor(pre_processor, teacher, image_size),
@@ -127,7 +129,12 @@ class DistillationModule(ExportMixin, CheckpointMixin):
             visualizer=visualizer,
         )
         self.options = options
-        self.network_arguments: dict[str, Any] = {"teacher": teacher, "layers": layers, "sigma": sigma}
+        self.network_arguments: dict[str, Any] = {
+            "teacher": teacher,
+            "layers": layers,
+            "sigma": sigma,
+            "map_pooling": map_pooling,
+        }
         """Arguments that the networks of every model take."""
 
     def check_image_size(self) -> None:

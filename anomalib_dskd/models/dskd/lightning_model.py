@@ -12,7 +12,7 @@ from anomalib_dskd.argument_checks import check_not_negative
 from anomalib_dskd.components.randomness import seeded
 from anomalib_dskd.models.distillation.lightning_model import DistillationModule
 from anomalib_dskd.models.dskd.loss import DskdLoss
-from anomalib_dskd.models.dskd.torch_model import DskdModel, Embedding, Losses, MapPair
+from anomalib_dskd.models.dskd.torch_model import DskdModel, Embedding, Encoder, Losses, MapPair
 
 __all__ = ["Dskd"]
 
@@ -27,6 +27,8 @@ class Dskd(DistillationModule, AnomalibModule):
         map_pair: networks whose discrepancy is the anomaly map. Default: teacher and decoder student (Table 7).
         losses: students distilled from the teacher. Default: both (Eq. 7).
         map_layers: the ones of ``layers`` that the map sums. Default: all (Table 9).
+        encoder: network whose features are embedded. Default: the encoder student. ``teacher``: the teacher's own
+            features are, and there is no encoder student, see ``docs/recommended.md``.
         embedding: fuse the encoder's levels (true, section 3.2), or downsample only the deepest (Table 8).
         embedding_blocks: residual blocks in the embedding. Default: two, which the paper's parameter count
             fits (Table 6).
@@ -57,6 +59,7 @@ class Dskd(DistillationModule, AnomalibModule):
         map_pair: MapPair = "T-D",
         losses: Losses = "both",
         map_layers: Sequence[int] | None = None,
+        encoder: Encoder = "student",
         embedding: bool = True,
         embedding_blocks: int = 2,
         embedding_input: Embedding = "raw",
@@ -72,6 +75,7 @@ class Dskd(DistillationModule, AnomalibModule):
                 map_pair=map_pair,
                 losses=losses,
                 map_layers=map_layers,
+                encoder=encoder,
                 embedding=embedding,
                 embedding_blocks=embedding_blocks,
                 embedding_input=embedding_input,
@@ -86,7 +90,3 @@ class Dskd(DistillationModule, AnomalibModule):
         teacher, students = self.model(torch.as_tensor(batch.image))
         losses: dict[str, Tensor] = self.loss(teacher, students)
         return losses
-
-    def run_students(self, batch: ImageBatch) -> None:
-        """Pass a training batch through both students, without the teacher."""
-        self.model.student_features(torch.as_tensor(batch.image))

@@ -1,7 +1,7 @@
 """The networks of DSKD and how their features meet (section 3, Fig. 3)."""
 
 from collections.abc import Sequence
-from typing import Literal
+from typing import Any, Literal
 
 from torch import Tensor, nn
 from torch.nn import functional as F  # noqa: N812
@@ -13,11 +13,12 @@ from anomalib_dskd.components.embedding import DeepFeatureEmbedding, DirectEmbed
 from anomalib_dskd.errors import ArgumentError
 from anomalib_dskd.models.distillation.torch_model import DistillationModel, Pyramid
 
-__all__ = ["DskdModel", "Embedding", "Losses", "MapPair"]
+__all__ = ["DskdModel", "Embedding", "Encoder", "Losses", "MapPair"]
 
 MapPair = Literal["T-D", "T-E", "E-D"]
 Losses = Literal["both", "encoder", "decoder"]
 Embedding = Literal["raw", "normalized"]
+Encoder = Literal["student", "teacher"]
 
 LOSSES_FOR_PAIR: dict[str, tuple[str, ...]] = {
     "T-D": ("both", "decoder"),
@@ -41,12 +42,14 @@ class DskdModel(DistillationModel):
         map_pair: the two networks whose discrepancy is the anomaly map (Table 7).
         losses: students that are distilled from the teacher (Table 7).
         map_layers: the ones of ``layers`` that the map sums (Table 9); all by default.
+        encoder: network whose features are embedded: the encoder student, or the teacher itself. Then there is no
+            encoder student: 4.33 GMAC at 256x256 with ResNet18.
         embedding: fuse all levels into the embedding, or downsample only the deepest (Table 8).
         embedding_blocks: residual blocks of the embedding.
         embedding_input: the encoder's features as they are, or divided by their norm (Algorithm 2, line 7).
         embedding_gradient: let the decoder's loss train the encoder student through the embedding.
         l2_weight: lambda of Eq. (6).
-        sigma: of Eq. (9), in pixels.
+        **kwargs: of the anomaly map, which :class:`DistillationModel` documents.
 
     Raises:
         ArgumentError: a value is out of range, or a combination leaves the map without a trained student.
@@ -60,22 +63,26 @@ class DskdModel(DistillationModel):
         map_pair: MapPair = "T-D",
         losses: Losses = "both",
         map_layers: Sequence[int] | None = None,
+        encoder: Encoder = "student",
         embedding: bool = True,
         embedding_blocks: int = 2,
         embedding_input: Embedding = "raw",
         embedding_gradient: bool = True,
         l2_weight: float = 0.1,
-        sigma: float = 4.0,
+        **kwargs: Any,  # noqa: ANN401
     ) -> None:
         _check_combination(map_pair, losses, embedding_gradient=embedding_gradient)
         check_choice(Embedding, embedding_input=embedding_input)
-        super().__init__(teacher, layers, l2_weight=l2_weight, sigma=sigma)
+        check_choice(Encoder, encoder=encoder)
+        if encoder == "teacher":
+            _check_teacher_as_encoder(map_pair, losses, embedding_input)
+        super().__init__(teacher, layers, l2_weight=l2_weight, **kwargs)
         self.map_pair = map_pair
         self.losses = losses
         self._map_levels = _positions(map_layers, layers)
         self.embedding_input = embedding_input
         self.embedding_gradient = embedding_gradient
-        self.encoder_student = Backbone(teacher, layers)
+        self.encoder_student = Backbone(teacher, layers) if encoder == "student" else None
         levels = self.teacher.levels
         self.embedding: nn.Module | None = None
         self.decoder_student: nn.Module | None = None
@@ -88,8 +95,10 @@ class DskdModel(DistillationModel):
         """Positions in the pyramid of the levels that the map sums."""
         return self._map_levels
 
-    def student_features(self, images: Tensor, teacher: Pyramid | None = None) -> dict[str, list[Tensor]]:  # noqa: ARG002
+    def student_features(self, images: Tensor, teacher: Pyramid) -> dict[str, list[Tensor]]:
         """Map images ``(B, 3, H, W)`` to the pyramids of the students that are distilled, which Eq. (7) compares."""
+        if self.encoder_student is None:
+            return {"decoder": self._decode(teacher)}
         encoded = self.encoder_student(images)
         students = {}
         if self.losses != "decoder":
@@ -100,9 +109,10 @@ class DskdModel(DistillationModel):
 
     def compared_pyramids(self, images: Tensor) -> tuple[Pyramid, Pyramid]:
         """Run only the networks that ``map_pair`` needs."""
-        pyramids = {"E": self.encoder_student(images)}
+        pyramids: dict[str, Pyramid] = {}
         if "T" in self.map_pair:
             pyramids["T"] = self.teacher(images)
+        pyramids["E"] = pyramids["T"] if self.encoder_student is None else self.encoder_student(images)
         if "D" in self.map_pair:
             pyramids["D"] = self._decode(pyramids["E"])
         first, second = self.map_pair.split("-")
@@ -130,6 +140,21 @@ def _check_combination(map_pair: str, losses: str, *, embedding_gradient: bool) 
         msg = (
             "losses 'decoder' with embedding_gradient false never trains the encoder student. "
             "Set embedding_gradient to true, or losses to 'both'."
+        )
+        raise ArgumentError(msg)
+
+
+def _check_teacher_as_encoder(map_pair: str, losses: str, embedding_input: str) -> None:
+    if map_pair != "T-D" or losses == "encoder":
+        msg = (
+            f"encoder 'teacher' with map_pair {map_pair!r} and losses {losses!r}: there is no encoder student. "
+            "Supported values: map_pair 'T-D', losses 'both' or 'decoder'."
+        )
+        raise ArgumentError(msg)
+    if embedding_input != "normalized":
+        msg = (
+            f"encoder 'teacher' with embedding_input {embedding_input!r}: the teacher's features are cached with unit "
+            "norm in training, so that evaluation would embed others. Set embedding_input to 'normalized'."
         )
         raise ArgumentError(msg)
 

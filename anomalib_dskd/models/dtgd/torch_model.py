@@ -1,6 +1,7 @@
 """The networks of DTGD: one frozen network as both teachers, and a denoising encoder-decoder student."""
 
 from collections.abc import Sequence
+from typing import Any
 
 from torch import Tensor
 
@@ -25,7 +26,7 @@ class DtgdModel(DistillationModel):
         layers: indices into its feature levels.
         gate: let the anomaly teacher's features gate the encoder's.
         embedding_blocks: residual blocks of the embedding.
-        sigma: standard deviation of the map's blur in pixels.
+        **kwargs: of the anomaly map, which :class:`DistillationModel` documents.
 
     Raises:
         ArgumentError: a value is out of range.
@@ -40,9 +41,9 @@ class DtgdModel(DistillationModel):
         *,
         gate: bool = True,
         embedding_blocks: int = 2,
-        sigma: float = 4.0,
+        **kwargs: Any,  # noqa: ANN401
     ) -> None:
-        super().__init__(teacher, layers, sigma=sigma)
+        super().__init__(teacher, layers, **kwargs)
         levels = self.teacher.levels
         self.encoder_student = DenoisingEncoder(levels, gate=gate)
         self.embedding = DeepFeatureEmbedding(levels, embedding_blocks)

@@ -1,6 +1,7 @@
 """The networks of TAD++ at inference: a teacher, and a student of the same architecture."""
 
 from collections.abc import Sequence
+from typing import Any
 
 from torch import Tensor
 
@@ -20,7 +21,7 @@ class TadModel(DistillationModel):
     Args:
         teacher: timm backbone that supports ``features_only``.
         layers: indices into its feature levels.
-        sigma: standard deviation of the map's blur in pixels.
+        **kwargs: of the anomaly map, which :class:`DistillationModel` documents.
 
     Raises:
         ArgumentError: a value is out of range.
@@ -28,8 +29,8 @@ class TadModel(DistillationModel):
 
     scored_student = "student"
 
-    def __init__(self, teacher: str, layers: Sequence[int] = (1, 2, 3), *, sigma: float = 4.0) -> None:
-        super().__init__(teacher, layers, sigma=sigma)
+    def __init__(self, teacher: str, layers: Sequence[int] = (1, 2, 3), **kwargs: Any) -> None:  # noqa: ANN401
+        super().__init__(teacher, layers, **kwargs)
         self.student = Backbone(teacher, layers)
 
     @property

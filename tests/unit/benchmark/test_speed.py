@@ -22,6 +22,14 @@ def test_parameters_and_multiply_adds_are_those_of_the_paper():
     assert cost["macs"] == pytest.approx(6.16e9, rel=2e-3)  # Table 6, and the blur
 
 
+def test_without_encoder_student_cost_is_that_of_reverse_distillation():
+    model = Dskd(encoder="teacher", embedding_input="normalized")
+    model.model.teacher.weights_origin = {"file": "none", "sha256": ""}
+    cost = measure_cost(model, (256, 256), 0)
+    assert cost["macs"] == pytest.approx(4.33e9, rel=2e-3)
+    assert cost["parameters"] == 20_948_736 - 2_782_784  # without the encoder student's
+
+
 def test_openvino_is_measured_in_a_separate_process(monkeypatch):
     image = openvino.opset13.parameter([-1, 3, -1, -1], np.float32)
     network = openvino.Model([openvino.opset13.relu(image)], [image])

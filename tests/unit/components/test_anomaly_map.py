@@ -4,7 +4,8 @@ import torch
 from scipy.ndimage import gaussian_filter
 
 from anomalib_dskd.components.anomaly_map import AnomalyMapGenerator, anomaly_score, sum_of_levels
-from anomalib_dskd.components.discrepancy import discrepancy
+from anomalib_dskd.components.discrepancy import discrepancy, pooled_discrepancy
+from anomalib_dskd.errors import ArgumentError
 from anomalib_dskd.models.dskd.loss import DskdLoss
 
 
@@ -33,6 +34,34 @@ def test_map_is_the_smoothed_sum_of_discrepancies(sigma):
     expected = [gaussian_filter(image[0].numpy(), sigma, mode="mirror", truncate=4) for image in summed]
     actual = AnomalyMapGenerator(l2_weight=0.3, sigma=sigma)(first, second, (48, 40))
     np.testing.assert_allclose(actual[:, 0].numpy(), np.stack(expected), atol=1e-5)
+
+
+@pytest.mark.parametrize("size", [1, 3, 5, 35])  # the last is larger than the map
+def test_errors_are_averaged_over_a_window_before_their_length_is_taken(size):
+    first, second = pyramid(0)[0], pyramid(1)[0]
+    a, b = (features.numpy() / np.linalg.norm(features.numpy(), axis=1, keepdims=True) for features in (first, second))
+    error = a - b  # (B, C, 16, 16)
+    expected = np.empty((2, 16, 16))
+    for row in range(16):
+        for column in range(16):
+            top, left = max(row - size // 2, 0), max(column - size // 2, 0)
+            window = error[:, :, top : row + size // 2 + 1, left : column + size // 2 + 1]
+            expected[:, row, column] = 1.3 / 2 * (window.mean(axis=(2, 3)) ** 2).sum(axis=1)
+    actual = pooled_discrepancy(first, second, l2_weight=0.3, size=size)
+    np.testing.assert_allclose(actual[:, 0].numpy(), expected, atol=1e-6)
+
+
+def test_map_sums_the_pooled_discrepancies():
+    first, second = pyramid(0), pyramid(1)
+    maps = [pooled_discrepancy(a, b, l2_weight=0.1, size=3) for a, b in zip(first, second, strict=True)]
+    actual = AnomalyMapGenerator(sigma=0, pooling=3)(first, second, (16, 16))
+    torch.testing.assert_close(actual, sum_of_levels(maps, (16, 16)))
+
+
+@pytest.mark.parametrize("pooling", [0, 2, -1, 3.0])
+def test_pooling_is_an_odd_number_of_pixels(pooling):
+    with pytest.raises(ArgumentError, match=f"map_pooling {pooling} is not supported. Supported values: odd numbers"):
+        AnomalyMapGenerator(pooling=pooling)
 
 
 def test_sigma_zero_disables_the_blur():

@@ -353,7 +353,7 @@ def test_lite_weights_in_this_order_classify_an_espresso(lite_state: dict[str, T
     with torch.no_grad():
         probabilities = model(coffee).softmax(dim=1)[0]
     assert probabilities.argmax() == ESPRESSO
-    assert probabilities[ESPRESSO].item() == pytest.approx(0.914, abs=0.01)
+    assert probabilities[ESPRESSO].item() == pytest.approx(0.882, abs=0.01)
 
 
 @pytest.mark.usefixtures("no_weights_elsewhere")

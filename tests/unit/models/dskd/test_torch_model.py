@@ -93,6 +93,38 @@ def test_map_compares_the_named_pair(map_pair, losses):
     assert result.anomaly_map.shape == (2, 1, 64, 64)
 
 
+TEACHER_AS_ENCODER = {"encoder": "teacher", "embedding_input": "normalized"}
+
+
+def test_teacher_as_encoder_embeds_its_own_features():
+    model = build(**TEACHER_AS_ENCODER, sigma=2.0).eval()
+    with torch.no_grad():
+        teacher = model.teacher(images())
+        embedded = model.embedding([F.normalize(level, dim=1) for level in teacher])
+        decoded = model.decoder_student(embedded, [level.shape[-2:] for level in teacher])
+        expected = model.anomaly_map_generator(teacher, decoded, (64, 64))
+        result = model(images())
+        _, students = model.train()(images())
+    assert torch.allclose(result.anomaly_map, expected, atol=1e-6)
+    assert set(students) == {"decoder"}
+    trained = {name.split(".")[0] for name, parameter in model.named_parameters() if parameter.requires_grad}
+    assert trained == {"embedding", "decoder_student"}
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        ({"map_pair": "E-D"}, "encoder 'teacher' with map_pair 'E-D' and losses 'both': there is no encoder student"),
+        ({"map_pair": "T-E", "losses": "encoder"}, "encoder 'teacher' with map_pair 'T-E'"),
+        ({"embedding_input": "raw"}, "encoder 'teacher' with embedding_input 'raw': the teacher's features are cached"),
+        ({"encoder": "both"}, "encoder 'both'"),
+    ],
+)
+def test_combinations_without_an_encoder_student_are_refused(arguments, message):
+    with pytest.raises(ArgumentError, match=message):
+        build(**{**TEACHER_AS_ENCODER, **arguments})
+
+
 @pytest.mark.parametrize(("map_pair", "idle"), [("T-E", ["embedding", "decoder_student"]), ("E-D", ["teacher"])])
 def test_evaluation_runs_no_network_that_the_map_does_not_need(map_pair, idle):
     model = build(map_pair=map_pair).eval()
