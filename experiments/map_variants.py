@@ -22,6 +22,7 @@ VARIANTS: dict[str, dict[str, object]] = {
     "M3": {"map_layers": [3]},
     "M1-2": {"map_layers": [1, 2]},
     "M2-3": {"map_layers": [2, 3]},
+    "context 4": {"context_weight": 4.0},
     "no blur": {"sigma": 0.0},
     "sigma 1": {"sigma": 1.0},
     "sigma 2": {"sigma": 2.0},

@@ -10,8 +10,7 @@ from torch import Tensor, nn
 from torch.nn import functional as F  # noqa: N812
 
 from anomalib_dskd.argument_checks import check_not_negative
-from anomalib_dskd.components.discrepancy import pooled_discrepancy
-from anomalib_dskd.errors import ArgumentError
+from anomalib_dskd.components.discrepancy import discrepancy, pooled_discrepancy
 
 __all__ = ["AnomalyMapGenerator", "anomaly_score", "sum_of_levels"]
 
@@ -43,27 +42,27 @@ def anomaly_score(anomaly_map: Tensor) -> Tensor:
     return anomaly_map.amax(dim=(-2, -1))
 
 
+CONTEXT = 3  # pixels of the deepest level, as in PatchCore
+
+
 class AnomalyMapGenerator(nn.Module):
     """Smoothed map of the discrepancy between two feature pyramids, at image size, Eq. (8) and (9).
 
     Args:
         l2_weight: lambda of Eq. (6).
         sigma: standard deviation of the Gaussian of Eq. (9) in pixels of the network's input; 0 disables the blur.
-        pooling: height and width of the window over which errors are averaged at each level, see
-            :func:`~anomalib_dskd.components.discrepancy.pooled_discrepancy`; 1 is Eq. (6).
+        context_weight: weight of one more summand, the discrepancy of the deepest level after its errors have been
+            averaged over 3x3 neighbors, :func:`~anomalib_dskd.components.discrepancy.pooled_discrepancy`.
 
     Raises:
-        ArgumentError: ``sigma`` is negative, or ``pooling`` is not an odd number.
+        ArgumentError: ``sigma`` or ``context_weight`` is negative.
     """
 
-    def __init__(self, *, l2_weight: float = 0.1, sigma: float = 4.0, pooling: int = 1) -> None:
+    def __init__(self, *, l2_weight: float = 0.1, sigma: float = 4.0, context_weight: float = 0.0) -> None:
         super().__init__()
-        check_not_negative(sigma=sigma)
-        if not (isinstance(pooling, int) and pooling > 0 and pooling % 2):
-            msg = f"map_pooling {pooling!r} is not supported. Supported values: odd numbers of pixels, such as 1 and 3."
-            raise ArgumentError(msg)
+        check_not_negative(sigma=sigma, context_weight=context_weight)
         self.l2_weight = l2_weight
-        self.pooling = pooling
+        self.context_weight = context_weight
         self.kernel_size = compute_kernel_size(sigma) if sigma > 0 else 1
         self.blur = _separable_blur(sigma, self.kernel_size) if sigma > 0 else nn.Identity()
 
@@ -74,7 +73,7 @@ class AnomalyMapGenerator(nn.Module):
 
     def bound(self, levels: int) -> float:
         """Return the largest value that a map summed over ``levels`` levels can take."""
-        return 2 * (1 + self.l2_weight) * levels
+        return 2 * (1 + self.l2_weight) * (levels + self.context_weight)
 
     def forward(self, first: Sequence[Tensor], second: Sequence[Tensor], size: tuple[int, int]) -> Tensor:
         """Map two pyramids, each one ``(B, C_k, H_k, W_k)`` per level, to a map ``(B, 1, H, W)`` in FP32."""
@@ -82,10 +81,10 @@ class AnomalyMapGenerator(nn.Module):
         # autocast would blur in BF16, whose rounding steps are as large as the differences between scores
         autocast = torch.autocast(device, enabled=False) if torch.is_autocast_enabled(device) else nullcontext()
         with autocast:
-            maps = [
-                pooled_discrepancy(a, b, l2_weight=self.l2_weight, size=self.pooling)
-                for a, b in zip(first, second, strict=True)
-            ]
+            maps = [discrepancy(a, b, l2_weight=self.l2_weight) for a, b in zip(first, second, strict=True)]
+            if self.context_weight > 0:
+                context = pooled_discrepancy(first[-1], second[-1], l2_weight=self.l2_weight, size=CONTEXT)
+                maps.append(self.context_weight * context)
             smooth: Tensor = self.blur(sum_of_levels(maps, size))
         return smooth
 

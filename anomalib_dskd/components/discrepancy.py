@@ -47,8 +47,8 @@ def pooled_discrepancy(first: Tensor, second: Tensor, *, l2_weight: float, size:
 
     where the window W is cut off at the edges of the map. Errors of a student that reconstructs a normal image point
     in different directions at neighboring pixels, so that their average is short; a defect that covers several pixels
-    shifts them in a common direction. With a window of one pixel this is :func:`discrepancy`. Averaging features over
-    3x3 neighbors before they are compared is known from PatchCore (https://arxiv.org/abs/2106.08265, section 3.1).
+    shifts them in a common direction. With a window of one pixel this is :func:`discrepancy`. PatchCore averages
+    features over 3x3 neighbors before it compares them (https://arxiv.org/abs/2106.08265, section 3.1).
 
     Args:
         first: features ``(B, C, H, W)``.
@@ -67,8 +67,6 @@ def pooled_discrepancy(first: Tensor, second: Tensor, *, l2_weight: float, size:
         >>> pooled_discrepancy(a, b, l2_weight=0.0, size=3).flatten().tolist()  # 0.4 ** 2 / 2
         [0.08..., 0.08...]
     """
-    if size == 1:
-        return discrepancy(first, second, l2_weight=l2_weight)
     error = F.normalize(first.float(), dim=1) - F.normalize(second.float(), dim=1)  # (B, C, H, W)
     mean = F.avg_pool2d(error, size, stride=1, padding=size // 2, count_include_pad=False)
     return (1 + l2_weight) / 2 * mean.square().sum(dim=1, keepdim=True)

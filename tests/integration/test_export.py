@@ -30,7 +30,7 @@ VARIANTS = [
     {"image_size": (75, 100)},
     {"map_pair": "T-E", "losses": "encoder"},
     {"map_pair": "E-D"},
-    {"encoder": "teacher", "embedding_input": "normalized", "map_pooling": 3},
+    {"encoder": "teacher", "embedding_input": "normalized", "context_weight": 4.0},
     {"embedding": False, "embedding_input": "normalized", "map_layers": (2,), "sigma": 0.0},
 ]
 SIBLINGS = [

@@ -218,7 +218,7 @@ _SETTINGS = {
     "layers": [1, 2, 3],
     "l2_weight": 0.1,
     "sigma": 4.0,
-    "map_pooling": 1,
+    "context_weight": 0.0,
     "encoder": "student",
     "learning_rate": 1e-3,
     "schedule": "constant",

@@ -63,9 +63,9 @@ class DistillationModule(ExportMixin, CheckpointMixin):
         image_size: height and width that images are resized to, without a crop. Default: 256 (section 4.1.2).
             Excludes ``pre_processor``.
         sigma: standard deviation of the anomaly map's Gaussian blur in pixels, Eq. (9); 0 for none. Default: 4.
-        map_pooling: height and width, in pixels of each feature level, of the window over which the anomaly map
-            averages the errors' vectors before it takes their length; odd. Default: 1, as in the paper, Eq. (6).
-            3, as in PatchCore, finds large defects better, see ``docs/recommended.md``.
+        context_weight: weight of one more summand of the anomaly map: the deepest level's discrepancy after its errors'
+            vectors have been averaged over 3x3 neighbors. It finds large defects better, see ``docs/recommended.md``.
+            Default: 0, as in the paper, Eq. (8).
         learning_rate: of Adam; with ``one_cycle`` its peak. Default: 0.001 (section 4.1.2).
         schedule: ``constant``, or ``one_cycle``: up to ``learning_rate`` over the first 30 % of the steps, then down to
             nearly 0. Default: constant (section 4.1.2).
@@ -95,7 +95,7 @@ class DistillationModule(ExportMixin, CheckpointMixin):
         ArgumentError: a value is out of range or a combination makes no sense.
     """
 
-    map_only: ClassVar[frozenset[str]] = frozenset({"map_pooling", "sigma"})
+    map_only: ClassVar[frozenset[str]] = frozenset({"context_weight", "sigma"})
     """Arguments that training does not depend on: a benchmark trains once for models that differ only in these."""
 
     def __init__(
@@ -105,7 +105,7 @@ class DistillationModule(ExportMixin, CheckpointMixin):
         teacher_weights: str | Path | None = None,
         image_size: int | tuple[int, int] | None = None,
         sigma: float = 4.0,
-        map_pooling: int = 1,
+        context_weight: float = 0.0,
         learning_rate: float = 1e-3,
         schedule: Schedule = "constant",
         betas: tuple[float, float] = (0.5, 0.999),
@@ -133,7 +133,7 @@ class DistillationModule(ExportMixin, CheckpointMixin):
             "teacher": teacher,
             "layers": layers,
             "sigma": sigma,
-            "map_pooling": map_pooling,
+            "context_weight": context_weight,
         }
         """Arguments that the networks of every model take."""
 

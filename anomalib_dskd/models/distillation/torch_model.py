@@ -27,7 +27,7 @@ class DistillationModel(nn.Module):
         layers: indices into its feature levels.
         l2_weight: lambda of DSKD's Eq. (6).
         sigma: standard deviation of the map's Gaussian blur in pixels, Eq. (9).
-        map_pooling: height and width of the window over which the map averages errors at each level.
+        context_weight: weight in the map of the deepest level's errors, averaged over 3x3 neighbors.
 
     Raises:
         ArgumentError: a value is out of range.
@@ -37,14 +37,22 @@ class DistillationModel(nn.Module):
     """Name in :meth:`student_features` of the pyramid that the anomaly map compares with the teacher's."""
 
     def __init__(
-        self, teacher: str, layers: Sequence[int], *, l2_weight: float = 0.0, sigma: float = 4.0, map_pooling: int = 1
+        self,
+        teacher: str,
+        layers: Sequence[int],
+        *,
+        l2_weight: float = 0.0,
+        sigma: float = 4.0,
+        context_weight: float = 0.0,
     ) -> None:
         super().__init__()
         self.is_trained = False
         self.teacher = Teacher(teacher, layers)
         self.teacher_cache: FeatureCache | None = None
         """Set in training, to run the teacher once per image instead of once per image and epoch."""
-        self.anomaly_map_generator = AnomalyMapGenerator(l2_weight=l2_weight, sigma=sigma, pooling=map_pooling)
+        self.anomaly_map_generator = AnomalyMapGenerator(
+            l2_weight=l2_weight, sigma=sigma, context_weight=context_weight
+        )
 
     @property
     def coarsest_stride(self) -> int:

@@ -51,17 +51,19 @@ def test_errors_are_averaged_over_a_window_before_their_length_is_taken(size):
     np.testing.assert_allclose(actual[:, 0].numpy(), expected, atol=1e-6)
 
 
-def test_map_sums_the_pooled_discrepancies():
+def test_context_adds_the_deepest_levels_averaged_errors():
     first, second = pyramid(0), pyramid(1)
-    maps = [pooled_discrepancy(a, b, l2_weight=0.1, size=3) for a, b in zip(first, second, strict=True)]
-    actual = AnomalyMapGenerator(sigma=0, pooling=3)(first, second, (16, 16))
-    torch.testing.assert_close(actual, sum_of_levels(maps, (16, 16)))
+    plain = AnomalyMapGenerator(sigma=0)(first, second, (16, 16))
+    deepest = pooled_discrepancy(first[-1], second[-1], l2_weight=0.1, size=3)
+    generator = AnomalyMapGenerator(sigma=0, context_weight=4.0)
+    expected = plain + 4 * sum_of_levels([deepest], (16, 16))
+    torch.testing.assert_close(generator(first, second, (16, 16)), expected)
+    assert generator.bound(2) == pytest.approx(2 * 1.1 * (2 + 4))
 
 
-@pytest.mark.parametrize("pooling", [0, 2, -1, 3.0])
-def test_pooling_is_an_odd_number_of_pixels(pooling):
-    with pytest.raises(ArgumentError, match=f"map_pooling {pooling} is not supported. Supported values: odd numbers"):
-        AnomalyMapGenerator(pooling=pooling)
+def test_negative_context_is_refused():
+    with pytest.raises(ArgumentError, match=r"context_weight -1.0 must be a finite number, 0 or larger"):
+        AnomalyMapGenerator(context_weight=-1.0)
 
 
 def test_sigma_zero_disables_the_blur():
