@@ -12,6 +12,7 @@ from anomalib_dskd.models.distillation.checkpoint_io import named_errors
 from anomalib_dskd.models.distillation.mixin_base import ModuleMixin
 from anomalib_dskd.models.distillation.resuming import (
     add_arguments,
+    adopt_arguments,
     check_arguments,
     resume_training,
     without_unknown_arguments,
@@ -26,6 +27,8 @@ class CheckpointMixin(ModuleMixin):
 
     options: TrainingOptions
     """Arguments that only training depends on."""
+    network_arguments: dict[str, Any]
+    """Arguments that the networks of every model take."""
     training_only: ClassVar[frozenset[str]] = TRAINING_ONLY
     """Arguments that a trained model's results do not depend on."""
     backbones: ClassVar[frozenset[str]] = frozenset({"teacher"})
@@ -65,7 +68,9 @@ class CheckpointMixin(ModuleMixin):
         add_arguments(self, checkpoint)
 
     def on_load_checkpoint(self, checkpoint: dict[str, Any]) -> None:
-        """Refuse a checkpoint that was trained with other arguments than this model was built with.
+        """Take arguments that were not given from the checkpoint, and refuse it if one that was given differs.
+
+        A training run that is resumed, and ``load_from_checkpoint``, need equal arguments.
 
         Raises:
             ArgumentError: arguments that results depend on differ, or training cannot be resumed.
@@ -78,6 +83,9 @@ class CheckpointMixin(ModuleMixin):
         trained = {name: value for name, value in checkpoint["state_dict"].items() if not name.startswith("evaluator.")}
         own = {name: value for name, value in self.state_dict().items() if name.startswith("evaluator.")}
         checkpoint["state_dict"] = {**trained, **own}
+        is_fitting = self._trainer is not None and self.trainer.state.fn == TrainerFn.FITTING
+        if self._trainer is not None and not is_fitting:
+            adopt_arguments(self, checkpoint)
         check_arguments(self, checkpoint)
-        if self._trainer is not None and self.trainer.state.fn == TrainerFn.FITTING:
+        if is_fitting:
             resume_training(self, checkpoint)

@@ -30,6 +30,7 @@ from anomalib_dskd.models.distillation.callbacks import (
 )
 from anomalib_dskd.models.distillation.checkpoint_io import install_checkpoint_io, warn_of_better_checkpoint
 from anomalib_dskd.models.distillation.checkpoints import CheckpointMixin
+from anomalib_dskd.models.distillation.command import filter_messages, prepare_saved_config
 from anomalib_dskd.models.distillation.divergence import check_loss, check_weights
 from anomalib_dskd.models.distillation.export import ExportMixin
 from anomalib_dskd.models.distillation.image_size import DEFAULT_IMAGE_SIZE, resolve_pre_processor
@@ -120,6 +121,7 @@ class DistillationModule(ExportMixin, CheckpointMixin):
         evaluator: Evaluator | bool = True,
         visualizer: Visualizer | bool = True,
     ) -> None:
+        filter_messages()
         options = TrainingOptions.from_arguments(locals())
         check_teacher(teacher)
         super().__init__(
@@ -135,7 +137,6 @@ class DistillationModule(ExportMixin, CheckpointMixin):
             "sigma": sigma,
             "context_weight": context_weight,
         }
-        """Arguments that the networks of every model take."""
 
     def check_image_size(self) -> None:
         """Check the image size, if it is known, against the networks: the last step of a model's constructor.
@@ -167,6 +168,8 @@ class DistillationModule(ExportMixin, CheckpointMixin):
 
     def configure_callbacks(self) -> list[Callback]:
         """Return anomalib's callbacks, and those of this package."""
+        if self._trainer is not None:
+            prepare_saved_config(self.trainer)  # here, because the command's own callbacks come first
         options = self.options
         return [
             CheckImageFiles(),

@@ -2,6 +2,7 @@
 
 import inspect
 import io
+import logging
 from collections.abc import Mapping
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -11,6 +12,7 @@ from anomalib.utils.serialization import anomalib_safe_globals
 
 from anomalib_dskd.components.backbone import full_name
 from anomalib_dskd.errors import ArgumentError
+from anomalib_dskd.models.distillation.command import given_arguments
 from anomalib_dskd.models.distillation.image_size import height_and_width
 from anomalib_dskd.models.distillation.training_options import TRAINING_ONLY
 
@@ -20,12 +22,15 @@ if TYPE_CHECKING:
 __all__ = [
     "CHECKPOINT_KEY",
     "add_arguments",
+    "adopt_arguments",
     "canonical_value",
     "check_arguments",
     "constructor_defaults",
     "resume_training",
     "without_unknown_arguments",
 ]
+
+logger = logging.getLogger(__name__)
 
 CHECKPOINT_KEY = "anomalib_dskd"
 """Key in a checkpoint of what this package adds to it."""
@@ -64,23 +69,59 @@ def add_arguments(model: "CheckpointMixin", checkpoint: dict[str, Any]) -> None:
     checkpoint.setdefault(CHECKPOINT_KEY, {}).update(arguments=arguments, max_epochs=max_epochs)
 
 
+def adopt_arguments(model: "CheckpointMixin", checkpoint: Mapping[str, Any]) -> None:
+    """Rebuild a model's networks with the checkpoint's arguments in place of those that were not given.
+
+    Which were given is known in anomalib's command; in Python an argument that has its default value counts as not
+    given. Arguments that were given are left as they are, for :func:`check_arguments` to compare.
+
+    Args:
+        model: attached to a Trainer that is going to validate, test or predict.
+        checkpoint: the checkpoint that the Trainer loads.
+    """
+    saved, kind = _saved_arguments(checkpoint), type(model)
+    defaults, given = constructor_defaults(kind), given_arguments(model.trainer)
+    if given is None:
+        given = {name for name, value in model.hparams.items() if value != defaults.get(name)}
+    adopted = {name: saved[name] for name in _changed_arguments(model, saved) if name not in given}
+    if not adopted:
+        return
+    known = {name: value for name, value in model.hparams.items() if name in defaults}
+    rebuilt = kind(**{**known, **adopted}).to(model.device)
+    names = {name for each in (model, rebuilt) for name, _ in each.named_children()}
+    for name in names - {"pre_processor", "post_processor", "evaluator"}:  # which anomalib restores itself
+        setattr(model, name, getattr(rebuilt, name, None))
+    model.network_arguments = rebuilt.network_arguments
+    model.hparams.update(adopted)
+    logger.info("From the checkpoint: %s", ", ".join(f"{name} {value!r}" for name, value in adopted.items()))
+
+
 def check_arguments(model: "CheckpointMixin", checkpoint: Mapping[str, Any]) -> None:
     """Raise if an argument that results depend on differs between a checkpoint and the model that loads it.
 
     Raises:
         ArgumentError: the arguments that differ, with both values.
     """
-    saved = checkpoint.get(CHECKPOINT_KEY, {}).get("arguments") or checkpoint.get("hyper_parameters", {})
-    given, kind = dict(model.hparams), type(model)
-    names = [name for name in saved if name in given and name not in model.training_only]
-    changed = [name for name in names if canonical_value(kind, name, saved) != canonical_value(kind, name, given)]
+    saved = _saved_arguments(checkpoint)
+    changed = _changed_arguments(model, saved)
     if changed:
         msg = (
-            f"the checkpoint was trained with other arguments: {_differences(changed, saved, given)}. Give the same "
-            f"arguments or --config, or use {model.name}.load_from_checkpoint(path) without any, which takes them from "
-            "the checkpoint."
+            f"the checkpoint was trained with other arguments: {_differences(changed, saved, model.hparams)}. Give the "
+            "same arguments. To test, predict or export, give none of them: they then come from the checkpoint."
         )
         raise ArgumentError(msg)
+
+
+def _saved_arguments(checkpoint: Mapping[str, Any]) -> Mapping[str, Any]:
+    saved: Mapping[str, Any] = checkpoint.get(CHECKPOINT_KEY, {}).get("arguments")
+    return saved or checkpoint.get("hyper_parameters", {})
+
+
+def _changed_arguments(model: "CheckpointMixin", saved: Mapping[str, Any]) -> list[str]:
+    """Return the names of the arguments that results depend on and that differ."""
+    given, kind = dict(model.hparams), type(model)
+    names = [name for name in saved if name in given and name not in model.training_only]
+    return [name for name in names if canonical_value(kind, name, saved) != canonical_value(kind, name, given)]
 
 
 def resume_training(model: "CheckpointMixin", checkpoint: dict[str, Any]) -> None:

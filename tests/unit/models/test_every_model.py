@@ -3,6 +3,7 @@
 import copy
 import inspect
 import itertools
+import logging
 import warnings
 from pathlib import Path
 
@@ -379,6 +380,34 @@ def test_checkpoint_of_other_arguments_is_refused(trained, magnetic_tile_root, t
     other = build(type(model), None, sigma=3.0)
     with pytest.raises(ArgumentError, match="trained with other arguments: sigma: checkpoint has 2.0, model has 3.0"):
         engine(tmp_path).test(other, datamodule=MagneticTile(magnetic_tile_root), ckpt_path=checkpoint)
+
+
+def test_arguments_that_are_not_given_come_from_the_checkpoint(trained, magnetic_tile_root, tmp_path, caplog):
+    model, checkpoint = trained
+    other = type(model)(visualizer=False)
+    assert other.model.teacher.backbone.name != TEACHER
+    caplog.set_level(logging.INFO, logger="anomalib_dskd")
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")
+        engine(tmp_path).test(other, datamodule=MagneticTile(magnetic_tile_root), ckpt_path=checkpoint)
+    assert "From the checkpoint: " in caplog.text
+    assert f"teacher '{TEACHER}'" in caplog.text
+    assert not differing(other.model.state_dict(), model.model.state_dict())
+    assert tuple(other.input_size) == (64, 64)
+    images = torch.rand(2, 3, 50, 70, generator=torch.Generator().manual_seed(0))
+    results = [each.eval()(images) for each in (model, other)]
+    # the other memory format of weights that come from training changes the order of sums
+    torch.testing.assert_close(results[1].anomaly_map, results[0].anomaly_map, atol=1e-5, rtol=0)
+    torch.testing.assert_close(results[1].pred_score, results[0].pred_score, atol=1e-5, rtol=0)
+    changed = {"teacher", "image_size", "sigma"}
+    assert all(other.hparams[name] == model.hparams[name] for name in changed)
+
+
+def test_a_training_run_is_not_resumed_with_arguments_of_the_checkpoint(trained, magnetic_tile_root, tmp_path):
+    model, checkpoint = trained
+    other = build(type(model), None, sigma=4.0)  # the default: it counts as not given in a test
+    with pytest.raises(ArgumentError, match="other arguments: sigma: checkpoint has 2.0, model has 4.0"):
+        engine(tmp_path, max_epochs=9).fit(other, datamodule=MagneticTile(magnetic_tile_root), ckpt_path=checkpoint)
 
 
 @every_model
