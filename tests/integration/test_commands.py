@@ -8,6 +8,7 @@ from pathlib import Path
 import pytest
 import skimage.data
 from anomalib.cli.cli import AnomalibCLI
+from anomalib.data.utils import read_image
 from PIL import Image
 
 from anomalib_dskd import Afkd, Dskd, Dtgd, Tad, TextureDefects
@@ -19,10 +20,12 @@ CONFIGS = Path(__file__).parents[2] / "configs"
 QUIET = ["--trainer.enable_progress_bar", "false", "--trainer.accelerator", "cpu"]
 
 
-def anomalib(*arguments: str | Path, folder: Path, fails: bool = False, **variables: str) -> str:
+def anomalib(
+    *arguments: str | Path, folder: Path, fails: bool = False, program: str = "anomalib", **variables: str
+) -> str:
     """Run the command with no network in ``folder``; return what it prints."""
     command = [sys.executable, "-m", "anomalib.cli.cli", *map(str, arguments)]
-    script = "from anomalib.cli.cli import main; main()"
+    script = f"import sys; sys.argv[0] = {program!r}; from anomalib.cli.cli import main; main()"
     command[1:3] = ["-c", script]
     environment = {**os.environ, "HF_HUB_OFFLINE": "1", "OMP_NUM_THREADS": "1", "COLUMNS": "200", **variables}
     result = subprocess.run(command, cwd=folder, env=environment, capture_output=True, text=True, check=False)
@@ -59,6 +62,69 @@ def test_train_prints_the_metrics_and_leaves_pictures(run):
     assert pictures
     with Image.open(pictures[0]) as picture:
         assert picture.width > 3 * picture.height  # image, mask, heatmap, outline side by side
+
+
+def test_train_prints_no_message_twice_and_none_that_is_not_for_users(run):
+    """What anomalib prints before it builds the model is not this package's to leave out."""
+    _, output = run
+    assert "Scores: " in output  # the messages that are for users are there
+    for noise in ("Initializing", "Loading the callbacks", "Training took", "litlogger", "in eval mode at", "treespec"):
+        assert noise not in output
+    assert "will override existing callbacks" not in output
+
+
+def test_lightning_still_prints_what_the_command_leaves_out(model_arguments, magnetic_tile_root, tmp_path):
+    """If this fails, an entry of ``anomalib_dskd.models.distillation.command`` may no longer be needed."""
+    data = ["--data", "anomalib_dskd.MagneticTile", "--data.root", magnetic_tile_root]
+    output = anomalib(
+        "train", *model_arguments, *data, "--trainer.max_epochs", "1", *QUIET, folder=tmp_path, program="other"
+    )
+    expected = ("Initializing", "Loading the callbacks", "Overriding", "Training took", "litlogger", "in eval mode at")
+    missing = [noise for noise in (*expected, "will override existing callbacks", "LeafSpec") if noise not in output]
+    assert not missing
+    assert output.count("Initializing") == 2
+
+
+@pytest.fixture
+def pictures(tmp_path) -> Path:
+    folder = tmp_path / "new"
+    folder.mkdir()
+    for index in range(3):
+        Image.fromarray(skimage.data.brick()[:200, 100 * index :][:, :150]).save(folder / f"{index}.png")
+    return folder
+
+
+def scores(folder: Path) -> dict[str, float]:
+    (file,) = folder.rglob("predictions.csv")
+    lines = [line.split(",") for line in file.read_text().splitlines()[1:]]
+    return {Path(name).name: float(score) for name, score, *_ in lines}
+
+
+def test_a_checkpoint_or_its_configuration_is_enough(checkpoint, run, pictures, tmp_path):
+    config = next(run[0].rglob("config.yaml"))
+    before = config.read_text()
+    results = {}
+    for name, model in (("alone", ["--model", "anomalib_dskd.Dskd"]), ("config", ["--config", config])):
+        folder = tmp_path / name
+        folder.mkdir()
+        output = anomalib("predict", *model, "--ckpt_path", checkpoint, "--data", pictures, *QUIET, folder=folder)
+        assert all(f"{index}.png" in output for index in range(3))
+        results[name] = scores(folder)
+    loaded = Dskd.load_from_checkpoint(checkpoint).eval()
+    expected = {
+        path.name: loaded(read_image(path, as_tensor=True)[None]).pred_score.item() for path in pictures.iterdir()
+    }
+    assert results["alone"] == results["config"] == pytest.approx(expected, abs=1e-5)
+    anomalib("test", "--config", config, "--ckpt_path", checkpoint, *QUIET, folder=run[0])
+    assert config.read_text() == before
+
+
+def test_a_given_argument_that_differs_is_refused_even_if_it_is_the_default(checkpoint, pictures, tmp_path):
+    model = ["--model", "anomalib_dskd.Dskd", "--model.sigma", "4"]
+    output = anomalib(
+        "predict", *model, "--ckpt_path", checkpoint, "--data", pictures, *QUIET, folder=tmp_path, fails=True
+    )
+    assert "other arguments: sigma: checkpoint has 2.0, model has 4.0" in " ".join(output.split())
 
 
 def test_predict_needs_neither_weights_file_nor_network(checkpoint, tmp_path):

@@ -12,7 +12,7 @@ from anomalib.data import ImageBatch
 from anomalib.metrics import Evaluator
 from anomalib.post_processing import PostProcessor
 from anomalib.pre_processing import PreProcessor
-from anomalib.visualization import Visualizer
+from anomalib.visualization import ImageVisualizer, Visualizer
 from lightning import Callback
 from lightning.pytorch.trainer.states import TrainerFn
 from lightning.pytorch.utilities.types import OptimizerLRScheduler
@@ -25,7 +25,7 @@ from anomalib_dskd.models.distillation.callbacks import (
     CacheTrainingData,
     CheckImageFiles,
     EvaluationWeights,
-    ReportImageFolder,
+    ReportPredictions,
     SeedTraining,
 )
 from anomalib_dskd.models.distillation.checkpoint_io import install_checkpoint_io, warn_of_better_checkpoint
@@ -33,6 +33,7 @@ from anomalib_dskd.models.distillation.checkpoints import CheckpointMixin
 from anomalib_dskd.models.distillation.command import filter_messages, prepare_saved_config
 from anomalib_dskd.models.distillation.divergence import check_loss, check_weights
 from anomalib_dskd.models.distillation.export import ExportMixin
+from anomalib_dskd.models.distillation.heatmaps import ScoreVisualizer
 from anomalib_dskd.models.distillation.image_size import DEFAULT_IMAGE_SIZE, resolve_pre_processor
 from anomalib_dskd.models.distillation.images import check_batch
 from anomalib_dskd.models.distillation.optimization import create_optimizer
@@ -90,7 +91,8 @@ class DistillationModule(ExportMixin, CheckpointMixin):
         post_processor: as in every anomalib model. Default:
             :class:`~anomalib_dskd.post_processing.NormalQuantilePostProcessor`, which says what a score of 0.5 means.
         evaluator: as in every anomalib model. Default: :class:`~anomalib_dskd.evaluation.RawScoreEvaluator`.
-        visualizer: as in every anomalib model.
+        visualizer: as in every anomalib model. Default:
+            :class:`~anomalib_dskd.models.distillation.heatmaps.ScoreVisualizer`.
 
     Raises:
         ArgumentError: a value is out of range or a combination makes no sense.
@@ -176,8 +178,8 @@ class DistillationModule(ExportMixin, CheckpointMixin):
             *([SeedTraining(options.seed)] if options.seed is not None else []),
             CacheTrainingData(images=options.image_cache, features=options.teacher_cache),
             EvaluationWeights(ema_decay=options.ema_decay, batch_norm_images=options.batch_norm_images),
-            ReportImageFolder(),
             *cast("Sequence[Callback]", super().configure_callbacks()),
+            ReportPredictions(),
         ]
 
     def configure_optimizers(self) -> OptimizerLRScheduler:
@@ -277,6 +279,11 @@ class DistillationModule(ExportMixin, CheckpointMixin):
     def configure_post_processor(self) -> PostProcessor:
         """Return the default post-processing, whose thresholds need no defects."""
         return NormalQuantilePostProcessor()
+
+    @classmethod
+    def configure_visualizer(cls) -> ImageVisualizer:
+        """Return the default visualizer, whose images carry score and verdict."""
+        return ScoreVisualizer()
 
     @staticmethod
     def configure_evaluator() -> Evaluator:

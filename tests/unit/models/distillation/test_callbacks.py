@@ -1,8 +1,6 @@
-import logging
 import warnings
 
 import pytest
-import torch
 from lightning import Callback
 
 from anomalib_dskd import Dskd, MagneticTile
@@ -50,31 +48,3 @@ def test_an_interrupted_run_leaves_no_cache_and_no_hook(magnetic_tile_root, teac
     (evaluation,) = (part for part in model.trainer.callbacks if isinstance(part, EvaluationWeights))
     assert evaluation.average is None
     assert not model.trainer.optimizers[0]._optimizer_step_post_hooks
-
-
-def test_folder_of_images_is_logged_after_a_test_and_a_prediction(
-    magnetic_tile_root, teacher_weights, tmp_path, caplog
-):
-    model = build(teacher_weights, seed=0)
-    run = fit(model, magnetic_tile_root, tmp_path)
-    caplog.set_level(logging.INFO, logger="anomalib_dskd")
-    with warnings.catch_warnings():
-        warnings.simplefilter("ignore")
-        for stage in (run.test, run.predict):
-            caplog.clear()
-            stage(model, datamodule=MagneticTile(magnetic_tile_root))
-            (message,) = [r.getMessage() for r in caplog.records if "anomaly maps" in r.getMessage()]
-            folder = message.removeprefix("Images with anomaly maps: ")
-            assert next(tmp_path.rglob("images")).samefile(folder)
-            assert any(path.suffix in {".jpg", ".png"} for path in tmp_path.rglob("images/**/*"))
-
-
-def test_nothing_is_logged_without_a_visualizer(magnetic_tile_root, teacher_weights, tmp_path, caplog):
-    model = build(teacher_weights, seed=0, visualizer=False)
-    run = fit(model, magnetic_tile_root, tmp_path)
-    caplog.set_level(logging.INFO, logger="anomalib_dskd")
-    with warnings.catch_warnings():
-        warnings.simplefilter("ignore")
-        run.test(model, datamodule=MagneticTile(magnetic_tile_root))
-    assert "anomaly maps" not in caplog.text
-    assert torch.isfinite(torch.tensor(float(run.trainer.callback_metrics["image_AUROC"])))

@@ -1,0 +1,147 @@
+import logging
+import sys
+import warnings
+from pathlib import Path
+
+import numpy as np
+import pandas as pd
+import pytest
+import torch
+from anomalib.data import Folder, ImageBatch, ImageItem
+from anomalib.visualization import ImageVisualizer
+from PIL import Image
+
+from anomalib_dskd import Dskd
+from anomalib_dskd.models.distillation.callbacks import ReportPredictions
+from anomalib_dskd.models.distillation.heatmaps import CAPTION_HEIGHT, ScoreVisualizer
+from tests.conftest import TEACHER, engine
+
+
+@pytest.fixture(scope="module")
+def parts(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """Normal textures, and four with a defect."""
+    folder, random = tmp_path_factory.mktemp("parts"), np.random.default_rng(0)
+    for name, count in {"good": 24, "bad": 4}.items():
+        (folder / name).mkdir()
+        for index in range(count):
+            pixels = random.integers(100, 150, (64, 64), dtype=np.uint8)
+            if name == "bad":
+                pixels[20:40, 20:40] = 255
+            Image.fromarray(pixels).save(folder / name / f"{index:02}.png")
+    return folder
+
+
+def data(parts: Path) -> Folder:
+    return Folder("parts", root=parts, normal_dir="good", abnormal_dir="bad", num_workers=0, seed=0)
+
+
+@pytest.fixture(scope="module")
+def trained(parts: Path, teacher_weights: Path, tmp_path_factory: pytest.TempPathFactory) -> Dskd:
+    model = Dskd(teacher=TEACHER, teacher_weights=teacher_weights, image_size=64, sigma=2.0, seed=0, visualizer=False)
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")
+        engine(tmp_path_factory.mktemp("run"), max_epochs=1).fit(model, datamodule=data(parts))
+    return model
+
+
+def run(stage: str, model: Dskd, folder: Path, **arguments):
+    model.visualizer = ScoreVisualizer()
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")
+        return getattr(engine(folder), stage)(model, **arguments)
+
+
+def test_a_prediction_writes_score_and_verdict_of_each_image(trained, parts, tmp_path, caplog):
+    caplog.set_level(logging.INFO, logger="anomalib_dskd")
+    batches = run("predict", trained, tmp_path, data_path=parts / "bad")
+    expected = {batch.image_path[0]: batch.pred_score.item() for batch in batches}
+    file = next(tmp_path.rglob("predictions.csv"))
+    results = pd.read_csv(file)
+    assert list(results.columns) == ["file", "score", "verdict"]
+    assert list(results["file"]) == sorted(expected)
+    assert list(results["score"]) == pytest.approx([expected[path] for path in results["file"]])
+    assert list(results["verdict"]) == ["anomalous" if score > 0.5 else "normal" for score in results["score"]]
+    assert len(list(file.parent.rglob("*.png"))) == 4  # beside the images
+    assert [r.getMessage() for r in caplog.records][-2:] == [
+        f"Scores: {file}",
+        f"Images with anomaly maps: {file.parent}",
+    ]
+
+
+def test_a_test_writes_the_ground_truth_too(trained, parts, tmp_path):
+    run("test", trained, tmp_path, datamodule=data(parts))
+    results = pd.read_csv(next(tmp_path.rglob("predictions.csv")))
+    folders = [Path(file).parent.name for file in results["file"]]
+    assert set(folders) == {"good", "bad"}
+    assert list(results["ground_truth"]) == [{"good": "normal", "bad": "anomalous"}[name] for name in folders]
+
+
+def test_the_command_prints_a_table_and_keeps_no_predictions(trained, parts, tmp_path, capsys, monkeypatch):
+    monkeypatch.setattr(sys, "argv", ["anomalib", "predict"])
+    monkeypatch.setenv("COLUMNS", "120")
+    assert run("predict", trained, tmp_path, data_path=parts) is None
+    output = capsys.readouterr().out
+    results = pd.read_csv(next(tmp_path.rglob("predictions.csv")))
+    rows = [line.split("│")[1:4] for line in output.splitlines() if line.startswith("│")]
+    assert len(rows) == 20  # of 28, the highest first
+    assert {row[0].strip() for row in rows[:4]} == {f"bad/{index:02}.png" for index in range(4)}
+    assert [float(row[1]) for row in rows] == sorted([float(row[1]) for row in rows], reverse=True)
+    number = (results["verdict"] == "anomalous").sum()
+    assert f"{number} of 28 images are anomalous; the 20 highest scores are shown" in output
+
+
+def test_nothing_is_printed_in_python(trained, parts, tmp_path, capsys):
+    run("predict", trained, tmp_path, data_path=parts / "bad")
+    assert "anomalous" not in capsys.readouterr().out
+
+
+@pytest.mark.parametrize(("program", "files"), [("python", 0), ("anomalib", 1)])
+def test_without_a_visualizer_only_the_command_writes_scores(
+    trained, parts, tmp_path, program, files, monkeypatch, caplog
+):
+    monkeypatch.setattr(sys, "argv", [program, "predict"])
+    caplog.set_level(logging.INFO, logger="anomalib_dskd")
+    trained.visualizer = None
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")
+        engine(tmp_path).predict(trained, data_path=parts / "bad")
+    assert len(list(tmp_path.rglob("predictions.csv"))) == files
+    assert "anomaly maps" not in caplog.text
+
+
+def test_without_a_threshold_there_is_no_verdict_and_without_a_file_no_row():
+    report = ReportPredictions()
+    image, score = torch.zeros(1, 3, 8, 8), torch.tensor([0.25])
+    report.on_test_batch_end(None, None, ImageBatch(image=image, pred_score=score))
+    assert report.rows == []
+    report.on_test_batch_end(None, None, ImageBatch(image=image, pred_score=score, image_path=["a.png"]))
+    assert report.rows == [{"file": "a.png", "score": 0.25, "verdict": ""}]
+
+
+def item(**fields) -> ImageItem:
+    return ImageItem(image=torch.zeros(3, 64, 64), anomaly_map=torch.zeros(64, 64), **fields)
+
+
+def test_an_image_gets_a_line_of_its_own_and_is_anomalibs_below_it():
+    scored = item(pred_score=torch.tensor(0.75), pred_label=torch.tensor(True))
+    drawn, plain = ScoreVisualizer().draw(scored), ImageVisualizer().visualize(scored)
+    assert drawn.size == (plain.width, plain.height + CAPTION_HEIGHT)
+    assert np.array_equal(np.asarray(drawn)[CAPTION_HEIGHT:], np.asarray(plain))
+    caption = np.asarray(drawn)[:CAPTION_HEIGHT]
+    assert caption.max() == 255
+    others = [{"pred_score": torch.tensor(0.5)}, {"pred_label": torch.tensor(False)}, {"gt_label": torch.tensor(True)}]
+    given = {"pred_score": torch.tensor(0.75), "pred_label": torch.tensor(True)}
+    lines = [caption, *(np.asarray(ScoreVisualizer().draw(item(**{**given, **o})))[:CAPTION_HEIGHT] for o in others)]
+    assert all(not np.array_equal(a, b) for i, a in enumerate(lines) for b in lines[:i])
+
+
+@pytest.mark.parametrize(("text", "fields"), [({"enable": False}, {"pred_score": torch.tensor(0.7)}), ({}, {})])
+def test_without_text_or_score_an_image_is_anomalibs(text, fields):
+    drawn = ScoreVisualizer(text_config=text).draw(item(**fields))
+    assert np.array_equal(np.asarray(drawn), np.asarray(ImageVisualizer(text_config=text).visualize(item(**fields))))
+
+
+def test_anomalibs_visualizer_still_draws_no_score():
+    """If this fails, ``ScoreVisualizer`` may no longer be needed."""
+    scores = [ImageVisualizer().visualize(item(pred_score=torch.tensor(score))) for score in (0.2, 0.8)]
+    assert np.array_equal(*map(np.asarray, scores))
