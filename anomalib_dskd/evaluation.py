@@ -11,9 +11,10 @@ from collections.abc import Sequence
 from anomalib.data import ImageBatch, InferenceBatch
 from anomalib.metrics import AUPRO, AUROC, AnomalibMetric, Evaluator, F1Score
 
-__all__ = ["FPR_LIMIT", "RawScoreEvaluator", "keep_raw_scores"]
+__all__ = ["FPR_LIMIT", "RawScoreEvaluator", "drop_raw_scores", "keep_raw_scores"]
 
 FPR_LIMIT = 0.3  # of AUPRO; section 4.1.3
+RAW_FIELDS = ("pred_score", "anomaly_map")
 
 
 def keep_raw_scores(batch: ImageBatch, predictions: InferenceBatch, *, largest: float) -> None:
@@ -27,8 +28,14 @@ def keep_raw_scores(batch: ImageBatch, predictions: InferenceBatch, *, largest: 
         predictions: the model's output before post-processing.
         largest: upper bound of score and map.
     """
-    for name in ("pred_score", "anomaly_map"):
+    for name in RAW_FIELDS:
         vars(batch)[f"raw_{name}"] = (getattr(predictions, name) / largest).clamp(0, 1)  # against rounding errors
+
+
+def drop_raw_scores(batch: ImageBatch) -> None:
+    """Remove from ``batch`` what :func:`keep_raw_scores` adds."""
+    for name in RAW_FIELDS:
+        del vars(batch)[f"raw_{name}"]
 
 
 class RawScoreEvaluator(Evaluator):

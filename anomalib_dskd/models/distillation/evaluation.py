@@ -10,7 +10,7 @@ from lightning.pytorch.trainer.states import TrainerFn
 from torch import Tensor
 
 from anomalib_dskd.errors import ArgumentError, NotTrainedError
-from anomalib_dskd.evaluation import keep_raw_scores
+from anomalib_dskd.evaluation import drop_raw_scores, keep_raw_scores
 from anomalib_dskd.models.distillation.images import check_batch, check_images
 from anomalib_dskd.models.distillation.mixin_base import ModuleMixin
 from anomalib_dskd.models.distillation.torch_model import DistillationModel
@@ -54,7 +54,13 @@ class EvaluationMixin(ModuleMixin):
         batch.update(**predictions._asdict())
         return batch
 
-    test_step = predict_step = validation_step  # type: ignore[assignment]
+    test_step = validation_step  # type: ignore[assignment]
+
+    def predict_step(self, batch: ImageBatch, batch_idx: int, dataloader_idx: int = 0) -> ImageBatch:  # type: ignore[override]
+        """Add map and score to the batch, without raw ones: no metric reads them, and predictions may be kept."""
+        batch = self.validation_step(batch, batch_idx, dataloader_idx)
+        drop_raw_scores(batch)
+        return batch
 
     def on_validation_start(self) -> None:
         """Refuse to validate before training."""
