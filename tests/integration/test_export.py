@@ -9,6 +9,7 @@ import pytest
 import skimage.data
 import torch
 from anomalib.deploy import OpenVINOInferencer, TorchInferencer
+from anomalib.visualization import ImageVisualizer
 from PIL import Image
 
 from anomalib_dskd import Afkd, Dskd, Dtgd, Tad
@@ -169,9 +170,25 @@ def test_inferencers_give_the_models_score(tmp_path, monkeypatch):
     ]
     for inferencer in inferencers:
         result = inferencer.predict(path)
-        score, anomaly_map = (torch.as_tensor(value).detach() for value in (result.pred_score, result.anomaly_map))
+        score, anomaly_map = (torch.as_tensor(value) for value in (result.pred_score, result.anomaly_map))
         assert score.item() == pytest.approx(expected.pred_score.item(), abs=TOLERANCE)
         assert torch.allclose(anomaly_map.squeeze(), expected.anomaly_map.squeeze(), atol=TOLERANCE)
+
+
+@pytest.mark.parametrize(("kind", "arguments"), [(Dskd, {}), *SIBLINGS], ids=lambda value: getattr(value, "__name__", ""))
+def test_results_outside_of_a_trainer_have_no_gradient(kind, arguments, tmp_path, monkeypatch):
+    model = untrained(TEACHER, kind=kind, **arguments)
+    learning = [name for name, parameter in model.named_parameters() if parameter.requires_grad]
+    monkeypatch.setenv("TRUST_REMOTE_CODE", "1")
+    inferencer = TorchInferencer(model.to_torch(tmp_path), device="cpu")
+    image = photographs(1)
+    for result in (model(image), inferencer.predict(image)):
+        assert not any(value.requires_grad for value in (result.pred_score, result.anomaly_map))
+        result.anomaly_map.numpy()
+    shown = ImageVisualizer().visualize(result)
+    assert shown.size[0] > shown.size[1]  # image and map, side by side
+    assert not any(parameter.requires_grad for parameter in inferencer.model.parameters())
+    assert [name for name, parameter in model.named_parameters() if parameter.requires_grad] == learning != []
 
 
 @pytest.mark.slow

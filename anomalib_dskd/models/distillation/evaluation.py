@@ -29,6 +29,9 @@ class EvaluationMixin(ModuleMixin):
     def forward(self, batch: Tensor, *_: Any, **__: Any) -> InferenceBatch:  # noqa: ANN401 - anomalib's signature
         """Map images as read from files to normalized scores, maps and labels, as exported models do.
 
+        The result has no gradient: anomalib's ``TorchInferencer`` calls this, and its visualizer cannot convert
+        tensors with a gradient. For gradients call :attr:`model` with pre-processed images.
+
         Args:
             batch: images ``(B, 3, H, W)`` of any height and width, from 0 to 1.
 
@@ -39,12 +42,14 @@ class EvaluationMixin(ModuleMixin):
         Raises:
             ArgumentError: another shape, type or range, or the model is in training mode.
         """
-        if not torch.compiler.is_exporting():
-            check_images(batch, self.pre_processor, dtype=next(self.parameters()).dtype)
-            if self.training:
-                msg = f"this {self.name} is in training mode: call .eval() first, or use anomalib's Engine."
-                raise ArgumentError(msg)
-        return super().forward(batch)
+        if torch.compiler.is_exporting():
+            return super().forward(batch)
+        check_images(batch, self.pre_processor, dtype=next(self.parameters()).dtype)
+        if self.training:
+            msg = f"this {self.name} is in training mode: call .eval() first, or use anomalib's Engine."
+            raise ArgumentError(msg)
+        with torch.no_grad():
+            return super().forward(batch)
 
     def validation_step(self, batch: ImageBatch, batch_idx: int, dataloader_idx: int = 0) -> ImageBatch:  # type: ignore[override] # noqa: ARG002
         """Add map ``(B, 1, H, W)`` and score ``(B, 1)`` to the batch."""

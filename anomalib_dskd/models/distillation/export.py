@@ -86,10 +86,22 @@ class ExportMixin(EvaluationMixin):
 
     @contextmanager
     def _ready_for_export(self) -> Iterator[None]:
-        """Check that the model is trained, and leave training-only components out within the context."""
+        """Check that the model is trained; within the context it has no training-only components, and is frozen."""
         self.require_training("export")
         self.warn_without_thresholds()
-        components = {name: getattr(self, name) for name in self.training_components}
+        with self._without(*self.training_components):
+            trained = [parameter for parameter in self.parameters() if parameter.requires_grad]
+            try:
+                self.requires_grad_(False)
+                yield
+            finally:
+                for parameter in trained:
+                    parameter.requires_grad_(True)
+
+    @contextmanager
+    def _without(self, *names: str) -> Iterator[None]:
+        """Set attributes to None within the context."""
+        components = {name: getattr(self, name) for name in names}
         try:
             for name in components:
                 setattr(self, name, None)
