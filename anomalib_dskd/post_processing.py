@@ -23,9 +23,13 @@ LEVELS = ("image", "pixel")
 
 
 class NormalQuantileThreshold(F1AdaptiveThreshold):
-    """anomalib's adaptive F1 threshold if there are anomalous images, else a quantile of the normal images' scores.
+    """The threshold with the best F1 score if there are anomalous images, else a quantile of the normal images' scores.
 
-    The score of an anomaly map is its largest value: masks are then non-empty for as few normal images as are
+    With anomalous images, anomalib returns the lowest score that it counts as anomalous, which is that of a defect; its
+    post-processor then calls only larger scores anomalous, and misses this defect. The threshold here is the middle
+    between this score and the next lower one, that of a normal image; if there is none, half of this score.
+
+    With normal images only, the score of an anomaly map is its largest value: masks are then non-empty for as few normal images as are
     predicted anomalous.
 
     Args:
@@ -38,7 +42,7 @@ class NormalQuantileThreshold(F1AdaptiveThreshold):
         super().__init__(fields=fields, strict=False)
         self.quantile = quantile
         self.normal_images: int | None = None
-        """Number of normal images that the last threshold is a quantile of; None if it is anomalib's."""
+        """Number of normal images that the last threshold is a quantile of; None if there were anomalous images."""
         self.normal_scores: list[Tensor]
         self.add_state("normal_scores", default=[], dist_reduce_fx="cat")
 
@@ -55,10 +59,20 @@ class NormalQuantileThreshold(F1AdaptiveThreshold):
         """Return the threshold, and record its kind in :attr:`normal_images`."""
         self.normal_images = None
         if self._has_anomalous_samples():
-            return super().compute()
+            return _middle_below(super().compute(), dim_zero_cat(self.preds))
         scores = dim_zero_cat(self.normal_scores)
         self.normal_images = len(scores)
         return torch.quantile(scores, self.quantile)
+
+
+def _middle_below(lowest: Tensor, scores: Tensor) -> Tensor:
+    """Return the middle between the lowest anomalous score and the next lower one.
+
+    >>> _middle_below(torch.tensor(0.7), torch.tensor([0.3, 0.7, 0.5, 0.9])).item()
+    0.6000000238418579
+    """
+    below = scores[scores < lowest]
+    return (lowest + below.max()) / 2 if len(below) else lowest - lowest.abs() / 2
 
 
 class NormalQuantilePostProcessor(PostProcessor):
@@ -66,8 +80,9 @@ class NormalQuantilePostProcessor(PostProcessor):
 
     A normalized score above 0.5, the threshold, is predicted anomalous. The validation set determines the threshold:
 
-    - With anomalous images, threshold and normalization are anomalib's: the threshold has the best F1 score; scores
-      are shifted by it and divided by the range of the validation scores.
+    - With anomalous images, the threshold has the best F1 score: it is the middle between the lowest score that counts
+      as anomalous and the next lower one. (anomalib takes the former, and calls the image that has it normal.) As in
+      anomalib, scores are shifted by the threshold and divided by the range of the validation scores.
     - With normal images only, the threshold t is a quantile of their scores: at 0.95, about one normal image in
       twenty is predicted anomalous. (anomalib takes the largest score: a single outlier among the normal images
       determines it, and more images raise it.) The normalized score is the score's share of twice the threshold,
