@@ -175,7 +175,9 @@ def test_inferencers_give_the_models_score(tmp_path, monkeypatch):
         assert torch.allclose(anomaly_map.squeeze(), expected.anomaly_map.squeeze(), atol=TOLERANCE)
 
 
-@pytest.mark.parametrize(("kind", "arguments"), [(Dskd, {}), *SIBLINGS], ids=lambda value: getattr(value, "__name__", ""))
+@pytest.mark.parametrize(
+    ("kind", "arguments"), [(Dskd, {}), *SIBLINGS], ids=lambda value: getattr(value, "__name__", "")
+)
 def test_results_outside_of_a_trainer_have_no_gradient(kind, arguments, tmp_path, monkeypatch):
     model = untrained(TEACHER, kind=kind, **arguments)
     learning = [name for name, parameter in model.named_parameters() if parameter.requires_grad]

@@ -90,3 +90,9 @@ class Dskd(DistillationModule, AnomalibModule):
         teacher, students = self.model(torch.as_tensor(batch.image))
         losses: dict[str, Tensor] = self.loss(teacher, students)
         return losses
+
+    def run_students(self, batch: ImageBatch) -> None:
+        """Pass a training batch through the students, and through the teacher only if it is their encoder."""
+        images = torch.as_tensor(batch.image)
+        reads_teacher = self.model.encoder_student is None
+        self.model.student_features(images, self.model.teacher_features(images) if reads_teacher else [])
