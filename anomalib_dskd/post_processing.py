@@ -29,8 +29,8 @@ class NormalQuantileThreshold(F1AdaptiveThreshold):
     post-processor then calls only larger scores anomalous, and misses this defect. The threshold here is the middle
     between this score and the next lower one, that of a normal image; if there is none, half of this score.
 
-    With normal images only, the score of an anomaly map is its largest value: masks are then non-empty for as few normal images as are
-    predicted anomalous.
+    With normal images only, the score of an anomaly map is its largest value: masks are then non-empty for as few
+    normal images as are predicted anomalous.
 
     Args:
         fields: names of two fields of a batch: scores ``(B,)`` or maps ``(B, H, W)``, and labels or masks of the same
