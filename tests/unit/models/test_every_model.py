@@ -289,7 +289,7 @@ def test_batch_norm_and_thresholds_are_those_of_the_averaged_weights(magnetic_ti
     norm.register_forward_pre_hook(lambda _, args: seen.append(args[0].mean((0, 2, 3))))
     with torch.no_grad():
         for batch in torch.cat(images).split(4):
-            net.student_features(batch)
+            net.student_features(batch, [])
     torch.testing.assert_close(saved.running_mean, torch.stack(seen).mean(0), atol=1e-4, rtol=1e-3)
     plain = fit(build(Dskd, teacher_weights), magnetic_tile_root, tmp_path / "plain").model
     others = plain.decoder_student.stages[0][0].main[1].running_mean
