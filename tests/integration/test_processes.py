@@ -23,7 +23,7 @@ model = getattr(anomalib_dskd, name)(
     teacher=teacher, teacher_weights=weights, image_size=64, sigma=2.0, seed=0, visualizer=False, **arguments
 )
 engine = Engine(
-    accelerator="cpu", devices=2, strategy="ddp", max_epochs=3, logger=False, default_root_dir=folder,
+    accelerator="cpu", devices=2, strategy="ddp", max_epochs=2, logger=False, default_root_dir=folder,
     enable_progress_bar=False,
 )
 engine.fit(model, datamodule=MagneticTile(root, train_batch_size=2, num_workers=0))

@@ -29,6 +29,8 @@ class CheckpointMixin(ModuleMixin):
     """Arguments that only training depends on."""
     network_arguments: dict[str, Any]
     """Arguments that the networks of every model take."""
+    planned_steps: int = 0
+    """Number of optimizer steps of the training run, once it has started; 0 if all steps are alike."""
     training_only: ClassVar[frozenset[str]] = TRAINING_ONLY
     """Arguments that a trained model's results do not depend on."""
     backbones: ClassVar[frozenset[str]] = frozenset({"teacher"})
@@ -38,7 +40,7 @@ class CheckpointMixin(ModuleMixin):
 
     @property
     def schedule_arguments(self) -> frozenset[str]:
-        """Arguments that, with ``max_epochs``, determine what happens in an epoch; empty if all epochs are alike."""
+        """Arguments that, with :attr:`planned_steps`, determine what happens in a step; empty if all are alike."""
         return frozenset() if self.options.schedule == "constant" else frozenset({"learning_rate", "schedule"})
 
     @abstractmethod

@@ -17,6 +17,7 @@ from lightning import Callback
 from lightning.pytorch.trainer.states import TrainerFn
 from lightning.pytorch.utilities.types import OptimizerLRScheduler
 from torch import Tensor, nn
+from torch.optim import Optimizer
 
 from anomalib_dskd.components.backbone import check_teacher
 from anomalib_dskd.components.find_weights import find_teacher_weights
@@ -37,7 +38,12 @@ from anomalib_dskd.models.distillation.heatmaps import ScoreVisualizer
 from anomalib_dskd.models.distillation.image_size import DEFAULT_IMAGE_SIZE, resolve_pre_processor
 from anomalib_dskd.models.distillation.images import check_batch
 from anomalib_dskd.models.distillation.optimization import create_optimizer
-from anomalib_dskd.models.distillation.trainer_checks import check_last_step, check_planned_steps, check_trainer
+from anomalib_dskd.models.distillation.trainer_checks import (
+    check_last_step,
+    check_planned_steps,
+    check_trainer,
+    number_of_steps,
+)
 from anomalib_dskd.models.distillation.training_loader import channels_last
 from anomalib_dskd.models.distillation.training_options import Schedule, TrainingOptions
 from anomalib_dskd.post_processing import NormalQuantilePostProcessor
@@ -165,7 +171,7 @@ class DistillationModule(ExportMixin, CheckpointMixin):
 
     @property
     def students_learn(self) -> bool:
-        """Whether the networks that score images are trained in the current epoch."""
+        """Whether the next optimizer step trains the networks that score images."""
         return True
 
     def configure_callbacks(self) -> list[Callback]:
@@ -214,8 +220,11 @@ class DistillationModule(ExportMixin, CheckpointMixin):
     def on_train_start(self) -> None:
         """Check the length of training, now that the number of batches is known."""
         check_last_step(self.trainer)
-        if self.options.schedule != "constant":
-            check_planned_steps(self.trainer)
+        if self.schedule_arguments:
+            steps = number_of_steps(self.trainer)
+            if self.trainer.ckpt_path:
+                check_planned_steps(self.planned_steps, steps)
+            self.planned_steps = steps
 
     def training_step(self, batch: ImageBatch, batch_idx: int) -> Tensor:
         """Return the sum of the losses.
@@ -233,8 +242,8 @@ class DistillationModule(ExportMixin, CheckpointMixin):
             log(f"train_loss_{name}", loss.detach())
         return total
 
-    def on_train_batch_end(self, outputs: Any, batch: Any, batch_idx: int) -> None:  # noqa: ANN401, ARG002
-        """Record that the students have been trained, so that results may be computed."""
+    def on_before_optimizer_step(self, optimizer: Optimizer) -> None:  # noqa: ARG002
+        """Record that the students are trained, so that results may be computed."""
         if self.students_learn:
             self.model.is_trained = True
 

@@ -60,13 +60,15 @@ def canonical_value(model_class: type["CheckpointMixin"], name: str, arguments: 
 
 
 def add_arguments(model: "CheckpointMixin", checkpoint: dict[str, Any]) -> None:
-    """Add to a checkpoint the arguments that results depend on, and the length of the training run.
+    """Add to a checkpoint the arguments that results depend on, and the training run's epochs and steps.
 
     Lightning's own copy of the arguments is merged with those that ``load_from_checkpoint`` is given.
     """
     arguments = {name: value for name, value in model.hparams.items() if name not in TRAINING_ONLY}
     max_epochs = getattr(model._trainer, "max_epochs", None)
-    checkpoint.setdefault(CHECKPOINT_KEY, {}).update(arguments=arguments, max_epochs=max_epochs)
+    checkpoint.setdefault(CHECKPOINT_KEY, {}).update(
+        arguments=arguments, max_epochs=max_epochs, steps=model.planned_steps
+    )
 
 
 def adopt_arguments(model: "CheckpointMixin", checkpoint: Mapping[str, Any]) -> None:
@@ -125,7 +127,7 @@ def _changed_arguments(model: "CheckpointMixin", saved: Mapping[str, Any]) -> li
 
 
 def resume_training(model: "CheckpointMixin", checkpoint: dict[str, Any]) -> None:
-    """Prepare a checkpoint for resuming: its optimizer gets the model's settings where these may be changed.
+    """Prepare for resuming: the optimizer gets the model's settings where these may be changed, the model the steps.
 
     Raises:
         ArgumentError: the learning-rate schedule, or what else depends on the length of training, would not continue.
@@ -145,6 +147,7 @@ def resume_training(model: "CheckpointMixin", checkpoint: dict[str, Any]) -> Non
             "or start a new one."
         )
         raise ArgumentError(msg)
+    model.planned_steps = _planned_steps(checkpoint)
     options = model.options
     for group in (group for state in checkpoint.get("optimizer_states", []) for group in state["param_groups"]):
         group.update(betas=options.betas, weight_decay=options.weight_decay)
@@ -179,6 +182,12 @@ def without_unknown_arguments(model_class: type["CheckpointMixin"], path: str | 
     torch.save(checkpoint, copy)
     copy.seek(0)
     return copy
+
+
+def _planned_steps(checkpoint: Mapping[str, Any]) -> int:
+    """Return the number of steps of a checkpoint's training run; one of 0.2.0 contains only that of a schedule."""
+    of_schedule = sum(schedule.get("total_steps", 0) for schedule in checkpoint.get("lr_schedulers", []))
+    return int(checkpoint.get(CHECKPOINT_KEY, {}).get("steps", of_schedule))
 
 
 def _differences(names: list[str], saved: Mapping[str, Any], given: Mapping[str, Any]) -> str:

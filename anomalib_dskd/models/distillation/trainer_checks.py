@@ -7,24 +7,25 @@ from lightning.pytorch.callbacks import StochasticWeightAveraging, WeightAveragi
 
 from anomalib_dskd.errors import ArgumentError
 
-__all__ = ["check_last_step", "check_planned_steps", "check_trainer", "number_of_steps", "steps_per_epoch"]
+__all__ = ["check_last_step", "check_planned_steps", "check_trainer", "number_of_steps"]
 
 PRECISIONS = ("32-true", "bf16-mixed", "16-mixed")  # anomalib's batches stay in FP32 under 64-true
 
 
 def number_of_steps(trainer: Trainer) -> int:
-    """Return the number of optimizer steps of the whole training run, which a schedule with an end needs."""
+    """Return the number of optimizer steps of the whole training run.
+
+    Raises:
+        ArgumentError: it has no end.
+    """
     steps = trainer.estimated_stepping_batches
-    if not math.isfinite(steps):
-        msg = "schedule 'one_cycle' needs the length of training: give --trainer.max_epochs or --trainer.max_steps."
+    if not 0 < steps < math.inf:  # Lightning gives -1 where only the data have no end
+        msg = (
+            "this training run has no end, which its learning-rate schedule or phases depend on: give "
+            "--trainer.max_epochs or --trainer.max_steps."
+        )
         raise ArgumentError(msg)
     return int(steps)
-
-
-def steps_per_epoch(trainer: Trainer) -> int | None:
-    """Return the number of optimizer steps per epoch, once training has begun; None if an epoch has no end."""
-    batches = trainer.num_training_batches
-    return None if math.isinf(batches) else math.ceil(batches / trainer.accumulate_grad_batches)
 
 
 def check_trainer(trainer: Trainer) -> None:
@@ -65,9 +66,10 @@ def check_trainer(trainer: Trainer) -> None:
 
 def check_last_step(trainer: Trainer) -> None:
     """Raise if training ends between two validations by ``max_steps``, now that the number of batches is known."""
-    steps, per_epoch = trainer.max_steps, steps_per_epoch(trainer)
-    if steps <= 0 or not trainer.enable_validation or per_epoch is None or trainer.check_val_every_n_epoch is None:
+    steps, batches = trainer.max_steps, trainer.num_training_batches
+    if steps <= 0 or not trainer.enable_validation or math.isinf(batches) or trainer.check_val_every_n_epoch is None:
         return
+    per_epoch = math.ceil(batches / trainer.accumulate_grad_batches)
     if trainer.val_check_batch != trainer.num_training_batches or 0 < (trainer.max_epochs or -1) * per_epoch <= steps:
         return  # validated within epochs, or ended by them
     interval = per_epoch * trainer.check_val_every_n_epoch
@@ -79,13 +81,16 @@ def check_last_step(trainer: Trainer) -> None:
         raise ArgumentError(msg)
 
 
-def check_planned_steps(trainer: Trainer) -> None:
-    """Raise if a resumed schedule was made for another number of steps: it would end early, or in an error."""
-    (config,) = trainer.lr_scheduler_configs
-    planned, steps = getattr(config.scheduler, "total_steps", None), number_of_steps(trainer)
+def check_planned_steps(planned: int, steps: int) -> None:
+    """Raise if a resumed training run was planned for another number of steps: its schedule or phases would move.
+
+    Args:
+        planned: number of steps in the checkpoint; 0 if it contains none.
+        steps: number of steps now.
+    """
     if planned != steps:
         msg = (
-            f"the checkpoint's schedule has {planned} steps, and this training run has {steps}. Give the same batch "
-            "size, accumulate_grad_batches, devices and max_epochs, or start a new training run."
+            f"the checkpoint's training run has {planned or 'an unknown number of'} steps, and this one has {steps}. "
+            "Give the same batch size, accumulate_grad_batches, devices and max_epochs, or start a new training run."
         )
         raise ArgumentError(msg)

@@ -17,27 +17,31 @@ from anomalib_dskd.components.pseudo_defects import PseudoDefects
 from anomalib_dskd.components.randomness import seeded
 from anomalib_dskd.errors import ArgumentError
 from anomalib_dskd.models.distillation.lightning_model import DistillationModule
-from anomalib_dskd.models.distillation.trainer_checks import steps_per_epoch
 from anomalib_dskd.models.distillation.training_loader import estimate_batch_norm
 from anomalib_dskd.models.tad.assistant import Assistant, GuidanceAttention
 from anomalib_dskd.models.tad.loss import entropy_loss, guidance_losses
 from anomalib_dskd.models.tad.torch_model import TadModel
 from anomalib_dskd.pre_processing import get_normalization
 
-__all__ = ["Tad", "is_assistant_epoch"]
+__all__ = ["Tad", "assistant_steps"]
 
 logger = logging.getLogger(__name__)
 
 Guidance = Literal["learned", "equal"]
 
 
-def is_assistant_epoch(epoch: int, epochs: int, share: float) -> bool:
-    """Whether the assistant is trained in an epoch, and not the student: in the first ``share`` of them, at least one.
+def assistant_steps(steps: int, share: float) -> int:
+    """Return how many of all optimizer steps train the assistant, before the others train the student.
 
-    >>> [is_assistant_epoch(epoch, epochs=10, share=0.3) for epoch in range(5)]
-    [True, True, True, False, False]
+    Args:
+        steps: number of optimizer steps of the training run, 2 or more.
+        share: of the assistant; it has at least one step, and the student too.
+
+    Example:
+        >>> assistant_steps(100, share=0.3), assistant_steps(2, share=0.1), assistant_steps(2, share=0.9)
+        (30, 1, 1)
     """
-    return epoch < max(1, round(share * epochs))
+    return min(max(1, round(share * steps)), steps - 1)
 
 
 class Tad(DistillationModule, AnomalibModule):
@@ -51,17 +55,17 @@ class Tad(DistillationModule, AnomalibModule):
     from damaged images (the inverse path). Where student and teacher differ, the image is anomalous. Only these two
     run at inference.
 
-    The phase follows from the epoch and ``max_epochs``, so that an interrupted training run resumes in the right one;
-    resuming with another ``max_epochs`` is refused. There are no results before the student's phase: metrics of
-    validations mean nothing, and a checkpoint cannot be tested.
+    The phase follows from the optimizer step and the number of all steps, so that an interrupted training run resumes
+    in the right one; resuming with another number of steps is refused. There are no results before the student's
+    phase: metrics of validations mean nothing, and a checkpoint cannot be tested.
 
     Args:
         assistant: timm backbone of another architecture than the teacher's, or none (an ablation). Default, our
             choice: EfficientNet-Lite0, which is compact, and made of other blocks than a ResNet.
         assistant_layers: indices into its feature levels, as many as ``layers``; features of another
             size than the teacher's are resized. Default: the same as ``layers``.
-        assistant_share: share of the epochs, at the start, in which the assistant is trained and the student is not;
-            at least one epoch. Default, our choice: 0.3.
+        assistant_share: share of the optimizer steps, at the start, which train the assistant and not the student; at
+            least one step, and at most all but one. Default, our choice: 0.3.
         guidance: weights of teacher and assistant for each image and level: ``learned``, or ``equal`` (an ablation).
         entropy_weight: of the loss that keeps learned weights from ignoring one guide; they tend to a softmax of the
             negative distances divided by this number. Default, our choice: 0.1, the order of the distances.
@@ -138,46 +142,35 @@ class Tad(DistillationModule, AnomalibModule):
 
     @property
     def schedule_arguments(self) -> frozenset[str]:
-        """Arguments that, with ``max_epochs``, determine what happens in an epoch, such as the phase."""
+        """Arguments that, with :attr:`planned_steps`, determine what happens in a step, such as its phase."""
         return super().schedule_arguments | ({"assistant_share"} if self.assistant is not None else set())
 
     @property
     def is_assistant_phase(self) -> bool:
-        """Whether the assistant is trained in the current epoch, and not the student."""
-        return self.assistant is not None and is_assistant_epoch(
-            self.current_epoch, self.trainer.max_epochs or 0, self.assistant_share
-        )
+        """Whether the next optimizer step trains the assistant, and not the student."""
+        return self.assistant is not None and self.global_step < self._assistant_steps
 
     @property
     def students_learn(self) -> bool:
         """Whether it is the student's phase, and not the assistant's."""
         return not self.is_assistant_phase
 
-    def on_fit_start(self) -> None:
-        """Refuse a training run in which the student would have no epoch."""
-        epochs = self.trainer.max_epochs or 0
-        self._check_student_epochs(epochs - 1, f"max_epochs {self.trainer.max_epochs}")
-        super().on_fit_start()
+    @property
+    def _assistant_steps(self) -> int:
+        return assistant_steps(self.planned_steps, self.assistant_share)
 
     def on_train_start(self) -> None:
-        """Refuse a training run that ends by its number of steps before the student's first epoch."""
+        """Refuse a training run without a step for the student."""
         super().on_train_start()
-        steps, per_epoch = self.trainer.max_steps, steps_per_epoch(self.trainer)
-        if steps > 0 and per_epoch is not None:
-            self._check_student_epochs((steps - 1) // per_epoch, f"max_steps {steps}")
-
-    def _check_student_epochs(self, last_epoch: int, what: str) -> None:
-        epochs = self.trainer.max_epochs or 0
-        has_none = epochs < 1 or is_assistant_epoch(min(last_epoch, epochs - 1), epochs, self.assistant_share)
-        if self.assistant is not None and has_none:
+        if self.assistant is not None and self.planned_steps < 2:  # noqa: PLR2004 - one for each
             msg = (
-                f"{what} with assistant_share {self.assistant_share} has no end, or no epoch for the student: give "
-                "--trainer.max_epochs, at least 2, a smaller assistant_share, or assistant null."
+                "a training run of one optimizer step trains only the assistant. Supported: 2 steps or more. Give more "
+                "--trainer.max_epochs, a smaller --data.train_batch_size, --trainer.fast_dev_run 2, or assistant null."
             )
             raise ArgumentError(msg)
 
     def on_train_end(self) -> None:
-        """Warn if training was stopped before the student's first epoch, as a callback may do."""
+        """Warn if training was stopped before the student's first step, as a callback may do."""
         super().on_train_end()
         if self.assistant is not None and not self.model.is_trained:
             logger.warning(
@@ -186,14 +179,12 @@ class Tad(DistillationModule, AnomalibModule):
                 "assistant_share, or resume from the checkpoint."
             )
 
-    def on_train_epoch_start(self) -> None:
+    def on_train_batch_start(self, batch: ImageBatch, batch_idx: int) -> None:  # noqa: ARG002
         """Freeze the assistant at the end of its phase, with batch-norm statistics of its last weights."""
-        super().on_train_epoch_start()
         if self.assistant is None:
             return
-        backbone, epochs = self.assistant.backbone, self.trainer.max_epochs or 0
-        is_trained = self.current_epoch > 0 and not self.is_assistant_phase
-        if is_trained and is_assistant_epoch(self.current_epoch - 1, epochs, self.assistant_share):
+        backbone, is_first = self.assistant.backbone, batch_idx % self.trainer.accumulate_grad_batches == 0
+        if self.global_step == self._assistant_steps and is_first:
             estimate_batch_norm(
                 self,
                 backbone,
@@ -213,8 +204,9 @@ class Tad(DistillationModule, AnomalibModule):
         # several processes wait for a gradient of every parameter
         return total + 0 * torch.stack(idle).sum() if idle else total
 
-    def on_before_optimizer_step(self, optimizer: Optimizer) -> None:  # noqa: ARG002
+    def on_before_optimizer_step(self, optimizer: Optimizer) -> None:
         """Keep the optimizer's momentum from changing parameters that are not trained in this phase."""
+        super().on_before_optimizer_step(optimizer)
         for parameter in self._idle_parameters():
             parameter.grad = None
 
@@ -278,6 +270,6 @@ def _check_guides(teacher: str, assistant: str | None, share: float, guidance: s
             )
             raise ArgumentError(msg)
     if not 0 < share < 1:
-        msg = f"assistant_share {share!r} must be a share of the epochs larger than 0 and smaller than 1."
+        msg = f"assistant_share {share!r} must be a share of the steps larger than 0 and smaller than 1."
         raise ArgumentError(msg)
     check_choice(Guidance, guidance=guidance)

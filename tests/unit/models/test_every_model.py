@@ -22,6 +22,7 @@ from anomalib_dskd.errors import ArgumentError, NotTrainedError
 from anomalib_dskd.models.distillation.callbacks import EvaluationWeights
 from anomalib_dskd.models.distillation.lightning_model import DistillationModule
 from anomalib_dskd.models.distillation.resuming import constructor_defaults
+from anomalib_dskd.models.tad.lightning_model import assistant_steps
 from tests.conftest import TEACHER, differing, engine
 
 ARGUMENTS = {Afkd: {}, Dskd: {}, Dtgd: {}, Tad: {"assistant": "test_efficientnet"}}
@@ -64,7 +65,7 @@ def fit(
 
 @pytest.fixture(scope="module", params=list(ARGUMENTS), ids=lambda kind: kind.__name__)
 def trained(request, magnetic_tile_root, teacher_weights, tmp_path_factory) -> tuple[AnomalibModule, Path]:
-    """A model trained for two epochs (Tad: one of them its assistant's), and its checkpoint."""
+    """A model trained for two epochs of two steps (Tad: the first step trains its assistant), and its checkpoint."""
     folder = tmp_path_factory.mktemp("trained")
     model = fit(build(request.param, teacher_weights), magnetic_tile_root, folder)
     return model, next(folder.rglob("model.ckpt"))
@@ -118,6 +119,21 @@ def test_arguments_of_the_map_and_of_the_training_are_arguments(kind):
     assert {"sigma"} <= kind.map_only <= arguments
     assert DistillationModule.training_only <= kind.training_only <= arguments
     assert not kind.map_only & kind.training_only
+
+
+@every_model
+def test_one_epoch_of_two_steps_is_a_training(kind, magnetic_tile_root, teacher_weights, tmp_path):
+    model = fit(build(kind, teacher_weights, ema_decay=0.9), magnetic_tile_root, tmp_path, max_epochs=1)
+    assert model.trainer.global_step == 2
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")
+        (metrics,) = engine(tmp_path / "test").test(
+            kind.load_from_checkpoint(next(tmp_path.rglob("model.ckpt"))),
+            datamodule=MagneticTile(magnetic_tile_root),
+            verbose=False,
+        )
+    assert 0 <= metrics["image_AUROC"] <= 1
+    assert model.post_processor.image_threshold > 0
 
 
 def test_training_changes_the_students_and_not_the_teacher(trained, teacher_weights):
@@ -236,11 +252,11 @@ def test_images_are_scored_with_averaged_weights_and_training_does_not_notice(
     model, plain = build(kind, teacher_weights, ema_decay=0.2), build(kind, teacher_weights)
     fit(model, magnetic_tile_root, tmp_path / "with", callbacks=[with_], **more)
     fit(plain, magnetic_tile_root, tmp_path / "without", callbacks=[without], **more)
-    an_epoch = 2 // trainer.get("accumulate_grad_batches", 1)
-    assert len(with_.steps) == 4 * an_epoch
+    assert len(with_.steps) == 8 // trainer.get("accumulate_grad_batches", 1)
     for mine, theirs in zip(with_.steps, without.steps, strict=True):
         assert not differing(mine, theirs)
-    expected = averaged(with_.steps[an_epoch if kind is Tad else 0 :], 0.2)  # its first epoch is the assistant's
+    first = assistant_steps(len(with_.steps), 0.3) if kind is Tad else 0
+    expected = averaged(with_.steps[first:], 0.2)
     saved = torch.load(next((tmp_path / "with").rglob("model.ckpt")), weights_only=False)["state_dict"]
     for name, weights in expected.items():
         torch.testing.assert_close(model.model.get_parameter(name).detach(), weights, msg=name)
@@ -509,7 +525,7 @@ def test_illegal_arguments_of_all_say_what_is_legal(kind, arguments, message):
         (Tad, {"defect_probability": 2.0}, "defect_probability 2.0 must be larger than 0, and 1 at most"),
         (Tad, {"entropy_weight": -1.0}, "entropy_weight -1.0 must be a finite number, 0 or larger"),
         (Tad, {"inverse_weight": float("inf")}, "inverse_weight inf must be a finite number"),
-        (Tad, {"assistant_share": 0.0}, "assistant_share 0.0 must be a share of the epochs larger than 0 and smaller"),
+        (Tad, {"assistant_share": 0.0}, "assistant_share 0.0 must be a share of the steps larger than 0 and smaller"),
         (Tad, {"assistant_share": 1.0}, "assistant_share 1.0 must be a share"),
         (Tad, {"guidance": "none"}, "guidance 'none' is not supported. Supported values: 'learned', 'equal'"),
         (Tad, {"assistant": TEACHER}, "has the teacher's architecture, and would teach nothing else. Give a backbone"),

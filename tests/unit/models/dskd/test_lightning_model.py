@@ -125,10 +125,16 @@ def test_gradients_can_be_clipped_in_every_precision(precision, fused, magnetic_
     assert norms == [pytest.approx(1e-3, rel=1e-2)] * 4
 
 
-def test_one_cycle_wants_an_end(magnetic_tile_root, teacher_weights, tmp_path):
-    trainer = {"max_epochs": -1, "limit_val_batches": 0}
-    with pytest.raises(ArgumentError, match="schedule 'one_cycle' needs the length of training"):
-        trained_anew(tmp_path, magnetic_tile_root, teacher_weights, trainer=trainer, schedule="one_cycle")
+@pytest.mark.parametrize(
+    ("trainer", "message"),
+    [
+        ({"max_epochs": -1}, "this training run has no end, which its learning-rate schedule .* depend on"),
+    ],
+)
+def test_one_cycle_wants_an_end(trainer, message, magnetic_tile_root, teacher_weights, tmp_path):
+    settings = {"limit_val_batches": 0, **trainer}
+    with pytest.raises(ArgumentError, match=message):
+        trained_anew(tmp_path, magnetic_tile_root, teacher_weights, trainer=settings, schedule="one_cycle")
 
 
 def test_training_does_not_go_on_with_another_schedule(trained, magnetic_tile_root, tmp_path):
@@ -341,7 +347,7 @@ def test_training_goes_on_with_the_rate_that_is_given(trained, magnetic_tile_roo
         (
             {},
             {"accumulate_grad_batches": 2},
-            "schedule has 4 steps, and this training run has 2. Give the same batch",
+            "training run has 4 steps, and this one has 2. Give the same batch",
         ),
     ],
 )
@@ -357,6 +363,27 @@ def test_one_cycle_goes_on_as_it_was_planned(
         checkpoint = next(tmp_path.rglob("model.ckpt"))
         with pytest.raises(ArgumentError, match=message):
             engine(tmp_path / "on", **{"max_epochs": 2, **trainer}).fit(model, datamodule=data, ckpt_path=checkpoint)
+
+
+def test_one_cycle_of_an_older_version_goes_on_by_its_schedules_steps(magnetic_tile_root, teacher_weights, tmp_path):
+    one_cycle, stop = {"schedule": "one_cycle", "learning_rate": 0.01}, {"callbacks": [StopAfter(0)]}
+    trained_anew(tmp_path, magnetic_tile_root, teacher_weights, trainer=stop, **one_cycle)
+    content = torch.load(next(tmp_path.rglob("model.ckpt")), weights_only=False)
+    assert content["anomalib_dskd"].pop("steps") == 4  # 0.2.0 does not save it
+    torch.save(content, tmp_path / "old.ckpt")
+
+    def resume(**trainer) -> Dskd:
+        model = Dskd(teacher=TEACHER, image_size=64, sigma=2.0, **one_cycle)
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore")
+            data = MagneticTile(magnetic_tile_root, train_batch_size=4)
+            resumed = engine(tmp_path / "on", max_epochs=2, **trainer)
+            resumed.fit(model, datamodule=data, ckpt_path=tmp_path / "old.ckpt")
+        return model
+
+    with pytest.raises(ArgumentError, match="training run has 4 steps, and this one has 2. Give the same batch"):
+        resume(accumulate_grad_batches=2)
+    assert resume().global_step == 4
 
 
 class StopAfter(Callback):

@@ -11,10 +11,11 @@ from torch.nn.modules.batchnorm import _BatchNorm
 from anomalib_dskd import MagneticTile, Tad
 from anomalib_dskd.components.discrepancy import distillation_loss
 from anomalib_dskd.errors import ArgumentError, NotTrainedError
-from anomalib_dskd.models.tad.lightning_model import is_assistant_epoch
+from anomalib_dskd.models.tad import lightning_model
+from anomalib_dskd.models.tad.lightning_model import assistant_steps
 from anomalib_dskd.models.tad.loss import entropy_loss, guidance_losses
 from anomalib_dskd.training.feature_cache import FeatureCache
-from tests.conftest import TEACHER, engine
+from tests.conftest import TEACHER, differing, engine
 
 ASSISTANT = "test_efficientnet"
 ABLATIONS = [{}, {"assistant": None}, {"inverse_weight": 0.0}, {"guidance": "equal"}]
@@ -25,33 +26,33 @@ def build(weights: Path | str | None, **arguments) -> Tad:
     return Tad(**{**common, "teacher_weights": weights, "visualizer": False, **arguments})
 
 
-def fit(model: Tad, root: Path, folder: Path, *, checkpoint: Path | None = None, **trainer) -> Tad:
+def fit(model: Tad, root: Path, folder: Path, *, checkpoint: Path | None = None, batch_size: int = 4, **trainer) -> Tad:
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")
-        data = MagneticTile(root, train_batch_size=4)
+        data = MagneticTile(root, train_batch_size=batch_size)
         engine(folder, **trainer).fit(model, datamodule=data, ckpt_path=checkpoint)
     return model
 
 
 class Record(Callback):
-    """Notes, at the end of each epoch's training, what there is then; stops after one if told to."""
+    """Notes, after each batch, what there is then; lets the training end after a step if told to."""
 
     def __init__(self, last: int | None = None) -> None:
-        self.epochs: list[int] = []
+        self.batches: list[tuple[int, int]] = []
         self.phases: list[float] = []
         self.trained: list[bool] = []
         self.students: list[dict] = []
         self.assistants: list[dict] = []
         self.last = last
 
-    def on_train_epoch_end(self, trainer, pl_module):
-        self.epochs.append(trainer.current_epoch)
+    def on_train_batch_end(self, trainer, pl_module, outputs, batch, batch_idx):  # noqa: ARG002
+        self.batches.append((trainer.current_epoch, batch_idx))
         self.phases.append(trainer.progress_bar_metrics["phase"])
         self.trained.append(pl_module.model.is_trained)
         self.students.append(parameters(pl_module.model.student))
         if pl_module.assistant is not None:
             self.assistants.append(copy.deepcopy(pl_module.assistant.state_dict()))
-        trainer.should_stop = trainer.current_epoch == self.last
+        trainer.should_stop = trainer.global_step == self.last
 
 
 def parameters(network: torch.nn.Module) -> dict[str, torch.Tensor]:
@@ -68,12 +69,13 @@ def batch() -> ImageBatch:
     return ImageBatch(image=2 * pixels - 1, image_path=[f"good/{index}.png" for index in range(4)])
 
 
-def in_epoch(model: Tad, epoch: int, epochs: int = 10) -> Tad:
-    """Let a model believe that it is trained, and in which epoch."""
+def at_step(model: Tad, step: int) -> Tad:
+    """Let a model believe that it has been trained for that many of ten steps."""
     model.load_teacher_weights()
-    model.trainer = Trainer(max_epochs=epochs, accelerator="cpu", logger=False, enable_checkpointing=False)
-    model.trainer.fit_loop.epoch_progress.current.completed = epoch
-    assert model.current_epoch == epoch
+    model.trainer = Trainer(max_steps=10, accelerator="cpu", logger=False, enable_checkpointing=False)
+    model.trainer.fit_loop.epoch_loop.automatic_optimization.optim_progress.optimizer.step.total.completed = step
+    model.planned_steps = 10
+    assert model.global_step == step
     return model.train()
 
 
@@ -81,78 +83,147 @@ def in_epoch(model: Tad, epoch: int, epochs: int = 10) -> Tad:
 
 
 @pytest.mark.parametrize(
-    ("epochs", "share", "expected"), [(10, 0.3, 3), (30, 0.3, 9), (2, 0.3, 1), (1, 0.3, 1), (5, 0.1, 1), (100, 0.5, 50)]
+    ("steps", "share", "expected"),
+    [(10, 0.3, 3), (30, 0.3, 9), (2, 0.3, 1), (5, 0.1, 1), (6, 0.3, 2), (100, 0.5, 50), (2, 0.9, 1), (10, 0.99, 9)],
 )
-def test_assistant_has_the_first_share_of_the_epochs_and_at_least_one(epochs, share, expected):
-    phases = [is_assistant_epoch(epoch, epochs, share) for epoch in range(epochs)]
-    assert phases == [True] * expected + [False] * (epochs - expected)
+def test_assistant_has_its_share_of_the_steps_and_both_have_one(steps, share, expected):
+    assert assistant_steps(steps, share) == expected
 
 
 def test_each_phase_trains_its_own_network_alone(magnetic_tile_root, teacher_weights, tmp_path):
     record = Record()
     model = build(teacher_weights, assistant_share=0.5, batch_norm_images=8)
     start = parameters(model.model.student)
-    fit(model, magnetic_tile_root, tmp_path, max_epochs=4, callbacks=[record])
-    assert record.phases == [1.0, 1.0, 2.0, 2.0]
-    assert record.trained == [False, False, True, True]
-    assert same(record.students[1], start)
-    assert not same(record.students[2], start)
-    assert not same(record.students[3], record.students[2])
-    assert not same(record.assistants[1], record.assistants[0])
-    assert same(record.assistants[3], record.assistants[2])
+    fit(model, magnetic_tile_root, tmp_path, max_epochs=3, callbacks=[record])
+    assert record.batches == [(epoch, batch) for epoch in range(3) for batch in range(2)]
+    assert record.phases == [1.0] * 3 + [2.0] * 3  # within an epoch
+    assert record.trained == [False] * 3 + [True] * 3
+    assert [same(student, start) for student in record.students] == [True] * 3 + [False] * 3
+    assert not same(record.students[4], record.students[3])
+    assert not same(record.assistants[2], record.assistants[1])
+    assert same(record.assistants[5], record.assistants[3])
     # between the phases, batch norm alone changes
     changed = {
         name.rpartition(".")[2]
-        for name, value in record.assistants[2].items()
-        if not torch.equal(value, record.assistants[1][name])
+        for name, value in record.assistants[3].items()
+        if not torch.equal(value, record.assistants[2][name])
     }
     assert changed == {"running_mean", "running_var", "num_batches_tracked"}
     counts = {int(norm.num_batches_tracked) for norm in model.assistant.modules() if isinstance(norm, _BatchNorm)}
     assert counts == {2}  # two batches of four
 
 
-@pytest.mark.parametrize("last", [0, 1, 2])
-def test_an_interrupted_training_goes_on_in_the_right_phase(last, magnetic_tile_root, teacher_weights, tmp_path):
-    before, after = Record(last), Record()
-    trainer = {"max_epochs": 4, "limit_val_batches": 1}
-    first = build(teacher_weights, assistant_share=0.5)
-    fit(first, magnetic_tile_root, tmp_path / "first", callbacks=[before], **trainer)
-    checkpoint = next((tmp_path / "first").rglob("model.ckpt"))
-    second = build("gone.safetensors", assistant_share=0.5)
-    fit(second, magnetic_tile_root, tmp_path / "second", checkpoint=checkpoint, callbacks=[after], **trainer)
-    assert before.epochs + after.epochs == [0, 1, 2, 3]
-    assert before.phases + after.phases == [1.0, 1.0, 2.0, 2.0]
-    assert same(after.students[0], before.students[-1]) == (last == 0)  # the student stands still in epoch 1
-    if last == 2:
-        assert same(after.assistants[0], before.assistants[-1])
-    assert second.model.is_trained
+def test_a_phase_changes_between_accumulated_batches_and_batch_norm_is_estimated_once(
+    magnetic_tile_root, teacher_weights, tmp_path, monkeypatch
+):
+    record, model, estimates = Record(), build(teacher_weights, assistant_share=0.4), []
+    monkeypatch.setattr(lightning_model, "estimate_batch_norm", lambda *_, **__: estimates.append(model.global_step))
+    trainer = {"max_epochs": 3, "accumulate_grad_batches": 3, "val_check_interval": 1}  # steps of 3 batches and of 1
+    fit(model, magnetic_tile_root, tmp_path, batch_size=2, callbacks=[record], **trainer)
+    assert model.planned_steps == 6
+    assert record.phases == [1.0] * 4 + [2.0] * 8
+    assert record.trained == [False] * 6 + [True] * 6  # the student's first step is after the seventh batch
+    assert [same(assistant, record.assistants[3]) for assistant in record.assistants[4:]] == [True] * 8
+    assert estimates == [2]
+
+
+@pytest.mark.parametrize(
+    ("trainer", "phases"),
+    [
+        ({"max_epochs": 1}, [1.0, 2.0]),
+        ({"max_epochs": 2, "limit_train_batches": 1}, [1.0, 2.0]),
+        ({"max_steps": 4, "max_epochs": -1}, [1.0, 2.0, 2.0, 2.0]),
+        ({"max_epochs": 9, "max_steps": 6}, [1.0, 1.0, 2.0, 2.0, 2.0, 2.0]),
+        ({"fast_dev_run": 2}, [1.0, 2.0]),
+    ],
+    ids=str,
+)
+def test_phases_follow_from_the_steps_that_the_training_will_have(
+    trainer, phases, magnetic_tile_root, teacher_weights, tmp_path
+):
+    record = Record()
+    model = fit(build(teacher_weights), magnetic_tile_root, tmp_path, callbacks=[record], **trainer)
+    assert record.phases == phases
+    assert model.model.is_trained
+
+
+class SameImages(Callback):
+    """Gives every batch the same images: Lightning resumes an epoch with the loader's first batch."""
+
+    def on_train_batch_start(self, trainer, pl_module, batch, batch_idx):  # noqa: ARG002
+        batch.image = torch.rand(4, 3, 64, 64, generator=torch.Generator().manual_seed(0))
+        batch.image_path = [f"good/{index}.png" for index in range(4)]
+
+
+class SaveAndStop(Callback):
+    """Saves after a step, and ends the training there as Ctrl+C would."""
+
+    def __init__(self, step: int, path: Path) -> None:
+        self.step, self.path = step, path
+
+    def on_train_batch_end(self, trainer, pl_module, outputs, batch, batch_idx):  # noqa: ARG002
+        if trainer.global_step == self.step:
+            trainer.save_checkpoint(self.path)
+            raise InterruptedError
+
+
+@pytest.mark.parametrize("step", [1, 2, 3, 4, 5])
+@pytest.mark.parametrize("ema_decay", [0.0, 0.9])
+def test_an_interrupted_training_goes_on_in_the_right_phase(
+    step, ema_decay, magnetic_tile_root, teacher_weights, tmp_path
+):
+    through, resumed = Record(), Record()
+    arguments, trainer = {"assistant_share": 0.5, "ema_decay": ema_decay}, {"max_epochs": 3, "limit_val_batches": 1}
+    expected = build(teacher_weights, **arguments)
+    fit(expected, magnetic_tile_root, tmp_path / "through", callbacks=[SameImages(), through], **trainer)
+    stop = SaveAndStop(step, tmp_path / "stopped.ckpt")
+    stopped, model = build(teacher_weights, **arguments), build("gone.safetensors", **arguments)
+    with pytest.raises(InterruptedError):
+        fit(stopped, magnetic_tile_root, tmp_path / "1", callbacks=[SameImages(), stop], **trainer)
+    after = {"checkpoint": stop.path, "callbacks": [SameImages(), resumed]}
+    fit(model, magnetic_tile_root, tmp_path / "2", **after, **trainer)
+    assert through.phases == [1.0] * 3 + [2.0] * 3
+    assert resumed.batches == through.batches[step:]
+    assert resumed.phases == through.phases[step:]
+    assert resumed.trained == through.trained[step:]
+    assert not differing(model.state_dict(), expected.state_dict())
 
 
 def test_phases_are_not_moved_by_another_end(magnetic_tile_root, teacher_weights, tmp_path):
-    fit(build(teacher_weights), magnetic_tile_root, tmp_path, max_epochs=2)
+    fit(build(teacher_weights), magnetic_tile_root, tmp_path, max_epochs=2, callbacks=[Record(last=2)])
     checkpoint = next(tmp_path.rglob("model.ckpt"))
+
+    def resume(path: Path = checkpoint, arguments: dict | None = None, **settings) -> None:
+        model = build(teacher_weights, **(arguments or {}))
+        fit(model, magnetic_tile_root, tmp_path / "on", checkpoint=path, **{"max_epochs": 2, **settings})
+
     with pytest.raises(ArgumentError, match="run has other arguments: max_epochs: checkpoint has 2, model has 9"):
-        fit(build(teacher_weights), magnetic_tile_root, tmp_path / "on", checkpoint=checkpoint, max_epochs=9)
+        resume(max_epochs=9)
     with pytest.raises(ArgumentError, match="other arguments: assistant_share: checkpoint has 0.3, model has 0.4"):
-        fit(
-            build(teacher_weights, assistant_share=0.4),
-            *(magnetic_tile_root, tmp_path / "share"),
-            checkpoint=checkpoint,
-            max_epochs=2,
-        )
+        resume(arguments={"assistant_share": 0.4})
+    others = [({"batch_size": 2}, 8), ({"accumulate_grad_batches": 2}, 2), ({"limit_train_batches": 1}, 2)]
+    for settings, steps in others:
+        with pytest.raises(ArgumentError, match=f"run has 4 steps, and this one has {steps}. Give the same batch size"):
+            resume(**settings)
+    content = torch.load(checkpoint, weights_only=False)
+    del content["anomalib_dskd"]["steps"]  # as in 0.2.0, where phases were epochs
+    torch.save(content, tmp_path / "old.ckpt")
+    with pytest.raises(ArgumentError, match="run has an unknown number of steps, and this one has 4. Give"):
+        resume(tmp_path / "old.ckpt")
 
 
 def test_a_stop_in_the_assistants_phase_is_told(magnetic_tile_root, teacher_weights, tmp_path, caplog):
-    fit(build(teacher_weights), magnetic_tile_root, tmp_path, max_epochs=4, callbacks=[Record(last=0)])
     message = "training has stopped in the assistant's phase"
-    assert message in caplog.text
-    caplog.clear()
-    fit(build(teacher_weights), magnetic_tile_root, tmp_path / "whole", max_epochs=2)
-    assert message not in caplog.text
+    for last, told in ((2, True), (3, False)):  # of 8 steps the assistant has 2
+        caplog.clear()
+        model = build(teacher_weights)
+        fit(model, magnetic_tile_root, tmp_path / str(last), max_epochs=4, callbacks=[Record(last)])
+        assert model.model.is_trained is not told
+        assert (message in caplog.text) == told
 
 
 def test_a_checkpoint_of_the_assistants_phase_gives_no_results(magnetic_tile_root, teacher_weights, tmp_path):
-    fit(build(teacher_weights), magnetic_tile_root, tmp_path, max_epochs=4, callbacks=[Record(last=0)])
+    fit(build(teacher_weights), magnetic_tile_root, tmp_path, max_epochs=4, callbacks=[Record(last=2)])
     model = Tad.load_from_checkpoint(next(tmp_path.rglob("model.ckpt")), evaluator=False)
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")
@@ -161,19 +232,21 @@ def test_a_checkpoint_of_the_assistants_phase_gives_no_results(magnetic_tile_roo
 
 
 @pytest.mark.parametrize(
-    ("trainer", "share"),
+    ("trainer", "message"),
     [
-        ({"max_epochs": 1}, 0.3),
-        ({"max_epochs": 4}, 0.9),
-        ({"max_steps": 4}, 0.3),
-        ({"max_epochs": 10, "max_steps": 4}, 0.3),  # two epochs, where the assistant has three
+        ({"max_epochs": 1, "batch_size": 8}, "a training run of one optimizer step trains only the assistant"),
+        ({"max_epochs": 1, "accumulate_grad_batches": 2}, "of one optimizer step .* Supported: 2 steps or more"),
+        ({"max_epochs": -1, "max_steps": 1, "limit_val_batches": 0}, "a training run of one optimizer step"),
+        ({"fast_dev_run": True}, "a training run of one optimizer step .* Give .* --trainer.fast_dev_run 2"),
+        ({"max_epochs": -1}, "this training run has no end, which its .* phases depend on: give --trainer.max_epochs"),
     ],
 )
-def test_a_training_without_an_epoch_for_the_student_is_refused(
-    trainer, share, magnetic_tile_root, teacher_weights, tmp_path
+def test_a_training_without_a_step_for_the_student_is_refused(
+    trainer, message, magnetic_tile_root, teacher_weights, tmp_path
 ):
-    with pytest.raises(ArgumentError, match="has no end, or no epoch for the student: give --trainer.max_epochs"):
-        fit(build(teacher_weights, assistant_share=share), magnetic_tile_root, tmp_path, **trainer)
+    with pytest.raises(ArgumentError, match=message):
+        fit(build(teacher_weights), magnetic_tile_root, tmp_path, **trainer)
+    fit(build(teacher_weights, assistant=None), magnetic_tile_root, tmp_path, **{**trainer, "max_time": {"seconds": 1}})
 
 
 @pytest.mark.parametrize("arguments", ABLATIONS, ids=str)
@@ -181,7 +254,7 @@ def test_ablations_train(arguments, magnetic_tile_root, teacher_weights, tmp_pat
     record = Record()
     model = build(teacher_weights, **arguments)
     start = parameters(model.model.student)
-    fit(model, magnetic_tile_root, tmp_path, max_epochs=2, limit_val_batches=0, callbacks=[record])
+    fit(model, magnetic_tile_root, tmp_path, max_epochs=1, limit_val_batches=0, callbacks=[record])
     first = 2.0 if "assistant" in arguments else 1.0
     assert record.phases == [first, 2.0]
     assert not same(record.students[-1], start)
@@ -200,7 +273,7 @@ def test_ablations_train(arguments, magnetic_tile_root, teacher_weights, tmp_pat
 
 
 def test_assistant_learns_the_teacher(teacher_weights, batch):
-    model = in_epoch(build(teacher_weights), 2)
+    model = at_step(build(teacher_weights), 2)
     teacher = model.model.teacher(batch.image)
     losses = model.compute_losses(batch)
     expected = distillation_loss(teacher, model._assist(batch, teacher), l2_weight=0.0)
@@ -208,14 +281,14 @@ def test_assistant_learns_the_teacher(teacher_weights, batch):
 
 
 def test_losses_of_the_student_are_those_of_both_paths(teacher_weights, batch):
-    model = in_epoch(build(teacher_weights, entropy_weight=0.2, inverse_weight=0.7), 3)
+    model = at_step(build(teacher_weights, entropy_weight=0.2, inverse_weight=0.7), 3)
     torch.nn.init.normal_(model.attention.queries[0].weight)
     model.assistant.eval()
     losses = model.compute_losses(batch)
     teacher, student = model.model.teacher(batch.image), model.model.student(batch.image)
     guides = [teacher, model._assist(batch, teacher)]
     weights = model.attention(student, guides)
-    damaged, masks = model.pseudo_defects(batch.image, batch.image_path, epoch=3)
+    damaged, masks = model.pseudo_defects(batch.image, batch.image_path, epoch=0)
     from_teacher, from_assistant = guidance_losses(student, guides, weights)
     expected = {
         "from_teacher": from_teacher,
@@ -231,7 +304,7 @@ def test_losses_of_the_student_are_those_of_both_paths(teacher_weights, batch):
 
 
 def test_without_assistant_the_teacher_has_all_the_weight(teacher_weights, batch):
-    model = in_epoch(build(teacher_weights, assistant=None, inverse_weight=0.0), 0)
+    model = at_step(build(teacher_weights, assistant=None, inverse_weight=0.0), 0)
     losses = model.compute_losses(batch)
     teacher, student = model.model.teacher(batch.image), model.model.student(batch.image)
     expected = distillation_loss(teacher, student, l2_weight=0.0).item()
@@ -239,7 +312,7 @@ def test_without_assistant_the_teacher_has_all_the_weight(teacher_weights, batch
 
 
 def test_equal_guidance_weighs_both_alike(teacher_weights, batch):
-    model = in_epoch(build(teacher_weights, guidance="equal", inverse_weight=0.0), 3)
+    model = at_step(build(teacher_weights, guidance="equal", inverse_weight=0.0), 3)
     model.assistant.eval()
     losses = model.compute_losses(batch)
     teacher, student = model.model.teacher(batch.image), model.model.student(batch.image)
@@ -248,22 +321,22 @@ def test_equal_guidance_weighs_both_alike(teacher_weights, batch):
     assert {name: loss.item() for name, loss in losses.items()} == pytest.approx(expected, abs=1e-6)
 
 
-@pytest.mark.parametrize("epoch", [0, 3])
-def test_gradient_reaches_what_learns_and_nothing_else(epoch, teacher_weights, batch):
-    model = in_epoch(build(teacher_weights), epoch)
+@pytest.mark.parametrize("step", [0, 3])
+def test_gradient_reaches_what_learns_and_nothing_else(step, teacher_weights, batch):
+    model = at_step(build(teacher_weights), step)
     torch.stack(list(model.compute_losses(batch).values())).sum().backward()
     assert all(parameter.grad is None for parameter in model.model.teacher.parameters())
     for network, learns in (
-        (model.assistant, epoch == 0),
-        (model.model.student, epoch == 3),
-        (model.attention, epoch == 3),
+        (model.assistant, step == 0),
+        (model.model.student, step == 3),
+        (model.attention, step == 3),
     ):
         assert {parameter.grad is not None for parameter in network.parameters()} == {learns}
 
 
-@pytest.mark.parametrize("epoch", [0, 3])
-def test_no_parameter_is_unused_and_the_idle_ones_do_not_move(epoch, teacher_weights, batch, monkeypatch):
-    model = in_epoch(build(teacher_weights), epoch)
+@pytest.mark.parametrize("step", [0, 3])
+def test_no_parameter_is_unused_and_the_idle_ones_do_not_move(step, teacher_weights, batch, monkeypatch):
+    model = at_step(build(teacher_weights), step)
     monkeypatch.setattr(model, "log", lambda *_, **__: None)
     batch.image_path = None  # there are no such files
     optimizer = model.configure_optimizers()
@@ -280,13 +353,13 @@ def test_no_parameter_is_unused_and_the_idle_ones_do_not_move(epoch, teacher_wei
     assert all(parameter.grad is not None for parameter in trained)  # which several processes wait for
     model.on_before_optimizer_step(optimizer)
     optimizer.step()
-    assert same(parameters(model.assistant), before["assistant"]) == (epoch == 3)
-    assert same(parameters(model.model), before["model"]) == (epoch == 0)
-    assert same(parameters(model.attention), before["attention"]) == (epoch == 0)
+    assert same(parameters(model.assistant), before["assistant"]) == (step == 3)
+    assert same(parameters(model.model), before["model"]) == (step == 0)
+    assert same(parameters(model.attention), before["attention"]) == (step == 0)
 
 
 def test_cache_holds_clean_images_alone(teacher_weights, batch):
-    model = in_epoch(build(teacher_weights), 3)
+    model = at_step(build(teacher_weights), 3)
     seen = []
     model.model.teacher.register_forward_pre_hook(lambda _, arguments: seen.append(arguments[0]))
     model.model.teacher_cache = FeatureCache(model.model.teacher, images=4, memory=1.0)
@@ -296,7 +369,7 @@ def test_cache_holds_clean_images_alone(teacher_weights, batch):
 
 
 def test_batch_norm_of_the_student_sees_clean_images(teacher_weights, batch):
-    model = in_epoch(build(teacher_weights), 3)
+    model = at_step(build(teacher_weights), 3)
     seen = []
     model.model.student.register_forward_pre_hook(lambda _, arguments: seen.append(arguments[0]))
     model.run_students(batch)
