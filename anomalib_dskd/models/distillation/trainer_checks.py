@@ -3,7 +3,7 @@
 import math
 
 from lightning import Trainer
-from lightning.pytorch.callbacks import StochasticWeightAveraging, WeightAveraging
+from lightning.pytorch.callbacks import GradientAccumulationScheduler, StochasticWeightAveraging, WeightAveraging
 
 from anomalib_dskd.errors import ArgumentError
 
@@ -16,8 +16,14 @@ def number_of_steps(trainer: Trainer) -> int:
     """Return the number of optimizer steps of the whole training run.
 
     Raises:
-        ArgumentError: it has no end.
+        ArgumentError: it has no end, or Lightning cannot tell the number.
     """
+    if any(isinstance(callback, GradientAccumulationScheduler) for callback in trainer.callbacks):  # type: ignore[attr-defined]
+        msg = (
+            "callback GradientAccumulationScheduler: it changes the number of steps per epoch, and the learning-rate "
+            "schedule or phases would not end with the training run. Give --trainer.accumulate_grad_batches instead."
+        )
+        raise ArgumentError(msg)
     steps = trainer.estimated_stepping_batches
     if not 0 < steps < math.inf:  # Lightning gives -1 where only the data have no end
         msg = (

@@ -9,6 +9,7 @@ import torch
 from anomalib.data import ImageBatch, PredictDataset
 from anomalib.pre_processing import PreProcessor
 from lightning import Callback, LightningModule
+from lightning.pytorch.callbacks import GradientAccumulationScheduler
 from PIL import Image
 from torchvision.transforms.v2 import Normalize, Resize
 
@@ -129,6 +130,7 @@ def test_gradients_can_be_clipped_in_every_precision(precision, fused, magnetic_
     ("trainer", "message"),
     [
         ({"max_epochs": -1}, "this training run has no end, which its learning-rate schedule .* depend on"),
+        ({"callbacks": [GradientAccumulationScheduler({0: 2})]}, "callback GradientAccumulationScheduler: .* Give"),
     ],
 )
 def test_one_cycle_wants_an_end(trainer, message, magnetic_tile_root, teacher_weights, tmp_path):
