@@ -62,10 +62,10 @@ def pooled_discrepancy(first: Tensor, second: Tensor, *, l2_weight: float, size:
     Example:
         >>> a = torch.tensor([[1.0, 0.0], [1.0, 0.0]]).T.reshape(1, 2, 1, 2)  # (1, 0) at both pixels
         >>> b = torch.tensor([[0.6, 0.8], [0.6, -0.8]]).T.reshape(1, 2, 1, 2)  # errors of opposite directions
-        >>> discrepancy(a, b, l2_weight=0.0).flatten().tolist()  # 1 - 0.6
-        [0.4..., 0.4...]
-        >>> pooled_discrepancy(a, b, l2_weight=0.0, size=3).flatten().tolist()  # 0.4 ** 2 / 2
-        [0.08..., 0.08...]
+        >>> discrepancy(a, b, l2_weight=0.0).flatten()  # 1 - 0.6
+        tensor([0.4000, 0.4000])
+        >>> pooled_discrepancy(a, b, l2_weight=0.0, size=3).flatten()  # 0.4 ** 2 / 2
+        tensor([0.0800, 0.0800])
     """
     error = F.normalize(first.float(), dim=1) - F.normalize(second.float(), dim=1)  # (B, C, H, W)
     mean = F.avg_pool2d(error, size, stride=1, padding=size // 2, count_include_pad=False)

@@ -149,7 +149,8 @@ def test_results_do_not_depend_on_the_rest_of_the_batch(compiled: Compiled, runt
 def test_both_labels_occur_among_the_drawn_images(compiled: Compiled):
     """Otherwise equal labels would prove nothing."""
     random = np.random.default_rng(2)
-    images = [KINDS[kind]((3, *SIZE), random) for kind in sorted(KINDS) for _ in range(4)]
+    kinds = [*KINDS, *["gray photograph"] * 40]  # mostly of the texture that the model was trained on
+    images = [KINDS[kind]((3, *SIZE), random) for kind in kinds]
     result = compiled.runtimes["OpenVINO"](torch.from_numpy(np.stack(images)).float() / 255)
     assert 0.05 < result["pred_label"].mean() < 0.95
     assert 0.01 < result["pred_mask"].mean() < 0.9

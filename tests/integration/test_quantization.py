@@ -128,7 +128,7 @@ def test_siblings_networks_are_quantised_and_good_images_score_alike(kind, argum
     assert len(set(scores.round(6))) == len(images)
     # defects lie outside of what eight good images have calibrated, and how far is the processor's rounding
     np.testing.assert_allclose(scores[is_good], expected[is_good], rtol=0.1)
-    assert np.corrcoef(maps[is_good].ravel(), expected_maps[is_good].ravel())[0, 1] > 0.95
+    assert np.corrcoef(maps[is_good].ravel(), expected_maps[is_good].ravel())[0, 1] > 0.85
 
 
 def map_error(network: openvino.Model, f32: openvino.Model, images: list[np.ndarray]) -> float:
