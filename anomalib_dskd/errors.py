@@ -1,5 +1,9 @@
 """The errors of this package. Each message says what was given, what is supported and what to do."""
 
+from pathlib import Path
+
+from typing_extensions import Self
+
 __all__ = [
     "ArgumentError",
     "CheckpointError",
@@ -8,6 +12,7 @@ __all__ = [
     "DskdError",
     "NotTrainedError",
     "TeacherWeightsError",
+    "UnreadableImageError",
     "UnsafeImageError",
 ]
 
@@ -26,6 +31,15 @@ class TeacherWeightsError(DskdError):
 
 class DataError(DskdError):
     """A file or folder of a data set is missing, unreadable or does not have the expected layout."""
+
+
+class UnreadableImageError(DataError, OSError):
+    """An image file is missing, truncated, or not an image."""
+
+    @classmethod
+    def of(cls, path: str | Path, reason: object) -> Self:
+        """Return the error for a file."""
+        return cls(f"image {str(path)!r} cannot be read: {reason}. Replace the file, or remove it from the data set.")
 
 
 class UnsafeImageError(DataError):

@@ -17,8 +17,6 @@ import numpy as np
 import openvino
 from numpy.typing import NDArray
 
-SUFFIXES = (".png", ".jpg", ".jpeg", ".bmp", ".tif", ".tiff")
-
 
 class Prediction(NamedTuple):
     """A model's result for an image."""
@@ -26,6 +24,18 @@ class Prediction(NamedTuple):
     path: Path
     score: float
     is_defective: bool
+
+
+def image_files(folder: Path) -> list[Path]:
+    """Return the images in a folder and its subfolders, of all types that anomalib reads.
+
+    Raises:
+        ValueError: there are none.
+        DataError: links lead to some, and they would be left out.
+    """
+    from anomalib_dskd.data.anomalib_files import get_image_filenames_from_dir  # noqa: PLC0415 - for a quick --help
+
+    return get_image_filenames_from_dir(folder)
 
 
 def batches(paths: Iterable[Path], size: int) -> Iterator[tuple[list[Path], NDArray[np.float32]]]:
@@ -82,13 +92,16 @@ def main() -> None:
     parser.add_argument("folder", type=Path, help="folder of images, which may be in subfolders")
     parser.add_argument("--batch", type=int, default=4, help="images per inference request; try 1, 4 and 16")
     options = parser.parse_args()
-    paths = sorted(path for path in options.folder.rglob("*") if path.suffix.lower() in SUFFIXES)
     if not options.model.is_file():
         parser.error(f"model {str(options.model)!r} does not exist: export one with `anomalib export`")
-    if not paths:
-        parser.error(f"folder {str(options.folder)!r} contains no images ({', '.join(SUFFIXES)})")
     if options.batch < 1:
         parser.error(f"batch {options.batch} must be 1 or larger")
+    from anomalib_dskd.errors import DataError  # noqa: PLC0415 - for a quick --help
+
+    try:
+        paths = image_files(options.folder)
+    except (DataError, ValueError) as error:
+        parser.error(f"folder {str(options.folder)!r} contains no images that can be read: {error}")
     writer = csv.writer(sys.stdout)
     writer.writerow(Prediction._fields)
     predictions = predict(options.model, paths, batch=options.batch)

@@ -33,6 +33,8 @@ from anomalib_dskd.benchmark.machine import describe_machine
 from anomalib_dskd.benchmark.predictions import Predictions, ScoreRecorder, compute_metrics, compute_metrics_by_class
 from anomalib_dskd.benchmark.run_folder import PREDICTIONS
 from anomalib_dskd.benchmark.speed import measure_cost, measure_openvino, measure_pytorch, peak_memory_mib
+from anomalib_dskd.data.links import check_data_links
+from anomalib_dskd.data.mask_pairs import check_mask_pairs
 from anomalib_dskd.file_writing import write_file
 
 __all__ = ["run_job", "training_run_id"]
@@ -101,6 +103,16 @@ def training_run_id(job: Job) -> str | None:
 # --- training and testing ----------------------------------------------------------------------------------------
 
 
+class _DataChecks(Callback):
+    """Refuses data with which models of anomalib too would have wrong results."""
+
+    def setup(self, trainer: Trainer, pl_module: LightningModule, stage: str) -> None:  # noqa: ARG002
+        """Check links to images, and pairs of images and masks."""
+        data = trainer.datamodule  # type: ignore[attr-defined]
+        check_data_links(data)
+        check_mask_pairs(data)
+
+
 class _EpochTimer(Callback):
     """Measures the duration of epochs, and reports progress."""
 
@@ -130,7 +142,7 @@ class _EpochTimer(Callback):
 def _engine(job: Job, folder: Path, callbacks: list[Callback], **arguments: Any) -> Engine:  # noqa: ANN401
     return Engine(
         default_root_dir=folder,
-        callbacks=callbacks,
+        callbacks=[_DataChecks(), *callbacks],
         accelerator=job.accelerator,
         devices=1,
         logger=False,

@@ -10,8 +10,10 @@ from anomalib.data import AnomalibDataModule
 from anomalib_dskd.check.finding import Finding
 from anomalib_dskd.check.image_checks import ImageSummary
 from anomalib_dskd.check.samples import Sample
+from anomalib_dskd.data.links import check_data_links
+from anomalib_dskd.errors import DataError
 
-__all__ = ["check_duplicates", "check_sizes", "check_splits", "check_unread_files"]
+__all__ = ["check_duplicates", "check_linked_files", "check_sizes", "check_splits", "check_unread_files"]
 
 IMAGE_SUFFIXES = {".jpg", ".jpeg", ".png", ".ppm", ".bmp", ".pgm", ".tif", ".tiff", ".webp", ".gif", ".jp2", ".heic"}
 FEW_IMAGES = 10  # in the training set
@@ -52,6 +54,14 @@ def _count(data: AnomalibDataModule, split: str) -> tuple[int, int]:
         return 0, 0
     defective = int((dataset.samples.label_index == 1).sum())
     return len(dataset.samples) - defective, defective
+
+
+def check_linked_files(data: AnomalibDataModule) -> Iterator[Finding]:
+    """Find images that are left out because anomalib does not follow links to folders."""
+    try:
+        check_data_links(data)
+    except DataError as error:
+        yield Finding("error", "linked", str(error))
 
 
 def check_sizes(images: dict[str, ImageSummary]) -> Iterator[Finding]:

@@ -50,7 +50,7 @@ def check_image(path: str) -> tuple[list[Finding], ImageSummary | None]:
     try:
         with open_image(path) as image:
             findings.extend(_check_header(path, image))
-            rgb = image.convert("RGB")
+            rgb = _to_rgb(image)
     except UnsafeImageError as error:
         return [*findings, unsafe_finding(error, path)], None
     except READABLE_ERRORS as error:
@@ -72,13 +72,23 @@ def check_depth(path: str) -> Iterator[Finding]:
     except UnsafeImageError as error:
         yield unsafe_finding(error, path)
     except Exception as error:  # its reader raises many kinds
-        text = f"is a depth image that cannot be read: {type(error).__name__}"
+        text = f"is a depth image that cannot be read: {type(error.__cause__ or error).__name__}"
         yield Finding("error", "unreadable-depth", text, [path])
 
 
 def unsafe_finding(error: UnsafeImageError, path: str) -> Finding:
     """Return the finding for a file that must not be decoded."""
     return Finding("error", "unsafe", str(error).removeprefix(f"image {path!r} ").removesuffix("."), [path])
+
+
+def _to_rgb(image: Image.Image) -> Image.Image:
+    """Convert an image to 8 bits; the range of values of a deeper one is stretched, where ``convert`` would clip."""
+    if not has_high_bit_depth(image.mode):
+        return image.convert("RGB")
+    values = np.nan_to_num(np.asarray(image, dtype=np.float64), posinf=0, neginf=0)
+    span = np.ptp(values)
+    stretched = (values - values.min()) / (span or 1) * 255
+    return Image.fromarray(stretched.astype(np.uint8)).convert("RGB")
 
 
 def _check_header(path: str, image: Image.Image) -> Iterator[Finding]:

@@ -1,18 +1,20 @@
-"""Checks of the masks of one image, and of the folders that masks come from."""
+"""Checks of the masks of one image, and of which image each mask is paired with."""
 
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterator
 from pathlib import Path
 
 import numpy as np
+from anomalib.data import AnomalibDataModule
 from numpy.typing import NDArray
 
 from anomalib_dskd.check.finding import Finding
 from anomalib_dskd.check.image_checks import ImageSummary, unsafe_finding
 from anomalib_dskd.check.samples import Sample
 from anomalib_dskd.data.image_files import READABLE_ERRORS, open_image
+from anomalib_dskd.data.mask_pairs import find_wrong_pairs
 from anomalib_dskd.errors import UnsafeImageError
 
-__all__ = ["check_mask_folders", "check_masks"]
+__all__ = ["check_masks", "check_pairs"]
 
 MAX_DEFECTIVE = 0.9  # share of an image; a mask with more is probably inverted
 
@@ -63,14 +65,8 @@ def _check_mask(path: str, mask: NDArray[np.uint8], sample: Sample, image: Image
         yield Finding("error", "mask-of-good-image", text, [path])
 
 
-def check_mask_folders(samples: Iterable[Sample]) -> Iterator[Finding]:
-    """Find images that anomalib pairs with the mask of another defect class.
-
-    anomalib pairs the sorted lists of images and masks, and compares only the names of the files, not of their folders.
-    """
-    pairs = [(sample.image, Path(sample.image).parent.name, mask) for sample in samples for mask in sample.masks]
-    mask_folders = {Path(mask).parent.name for _, _, mask in pairs}
-    for image, folder, mask in pairs:
-        if folder in mask_folders and Path(mask).parent.name != folder:
-            text = "is an image whose mask is taken from the folder of another defect class; both must sort alike"
-            yield Finding("error", "mask-of-other-image", text, [image])
+def check_pairs(data: AnomalibDataModule) -> Iterator[Finding]:
+    """Find masks that anomalib has paired with an image that they do not belong to."""
+    for image, mask, reason in find_wrong_pairs(data):
+        text = f"are an image and the mask that anomalib pairs with it, the wrong one: {reason}. Both must sort alike"
+        yield Finding("error", "mask-of-other-image", text, [str(image), str(mask)])

@@ -6,13 +6,13 @@ name. Its error does not name the files.
 
 import re
 from collections import defaultdict
-from collections.abc import Sequence
 from pathlib import Path
 
 from anomalib.data import AnomalibDataModule, Folder
 from torchvision.datasets.folder import IMG_EXTENSIONS
 
 from anomalib_dskd.check.finding import Finding
+from anomalib_dskd.data.data_module_checks import as_list
 
 __all__ = ["find_unpaired"]
 
@@ -52,7 +52,7 @@ def _list_files(data: AnomalibDataModule) -> tuple[list[Path], list[Path]]:
     if isinstance(data, Folder):
         suffixes = {suffix.lower() for suffix in data.extensions or suffixes}
         images, masks = (
-            [path for name in _as_list(names) for path in (root / name).rglob("*")]
+            [path for name in as_list(names) for path in (root / name).rglob("*")]
             for names in (data.abnormal_dir, data.mask_dir)
         )
     else:
@@ -61,10 +61,6 @@ def _list_files(data: AnomalibDataModule) -> tuple[list[Path], list[Path]]:
         masks = list(root.glob("ground_truth/*/*"))
     images, masks = (sorted(path for path in paths if path.suffix.lower() in suffixes) for paths in (images, masks))
     return images, masks
-
-
-def _as_list(names: str | Path | Sequence[str | Path] | None) -> Sequence[str | Path]:
-    return [names] if isinstance(names, str | Path) else names or []
 
 
 def _pair(images: list[Path], masks: list[Path]) -> dict[Path, set[Path]]:

@@ -1,13 +1,32 @@
-"""Checks of data modules' arguments."""
+"""What data modules were given and have listed, and checks of their arguments."""
 
-from pathlib import PureWindowsPath
+from collections.abc import Iterable, Sequence
+from pathlib import Path, PureWindowsPath
 
 from anomalib.data import AnomalibDataModule
 from anomalib.data.utils import ValSplitMode
+from pandas import DataFrame
 
 from anomalib_dskd.errors import ArgumentError
 
-__all__ = ["check_names", "check_seed", "check_val_split_mode"]
+__all__ = ["as_list", "check_names", "check_seed", "check_val_split_mode", "sample_tables"]
+
+
+def as_list(names: str | Path | Sequence[str | Path] | None) -> Sequence[str | Path]:
+    """Return the folders that an argument of ``Folder`` gives: one, several or none."""
+    return [names] if isinstance(names, str | Path) else names or []
+
+
+def sample_tables(data: AnomalibDataModule, splits: Iterable[str] = ("train", "val", "test")) -> list[DataFrame]:
+    """Return the tables of the images of splits; for synthetic defects that of the source images.
+
+    Args:
+        data: data module that has been set up.
+        splits: of ``train``, ``val`` and ``test``.
+    """
+    datasets = [getattr(data, f"{split}_data", None) for split in splits]
+    tables = [getattr(dataset, "source_samples", getattr(dataset, "samples", None)) for dataset in datasets]
+    return [table for table in tables if table is not None]
 
 
 def check_names(data: AnomalibDataModule) -> None:

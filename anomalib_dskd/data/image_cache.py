@@ -60,10 +60,12 @@ def is_deterministic(transform: nn.Module | None) -> bool:
 class CachedImages(Dataset[ImageItem]):
     """An anomalib data set that decodes each normal image only once and returns the same item afterwards.
 
+    Attributes that are set, such as ``samples`` and ``augmentations``, are set on the data set, and empty the cache.
+
     The cache is in memory that forked worker processes share, so an image that one of them has decoded is available to
     all in the next epoch. Spawned workers (Windows, macOS) decode each time. Images whose mask has a defect, or whose
-    size differs from the first image's, are not cached. Nothing is cached if augmentations may be random or items have
-    more than image, mask and label.
+    size differs from the first image's, are not cached, nor are rows of ``samples`` that have changed since. Nothing is
+    cached if augmentations may be random or items have more than image, mask and label.
 
     Args:
         dataset: the data set that reads files. All attributes except the items are forwarded to it.
@@ -71,20 +73,23 @@ class CachedImages(Dataset[ImageItem]):
     """
 
     def __init__(self, dataset: AnomalibDataset, *, memory: float) -> None:
-        self.dataset = dataset
-        self.memory = memory
+        vars(self).update(dataset=dataset, memory=memory)
         self._allocate()
 
     def _allocate(self) -> None:
+        cache = vars(self)
+        cache.update(_images=None, _states=None, _rows=[])
+        if not len(self.dataset):
+            return
         item = self.dataset[0]
         image = torch.as_tensor(item.image)
-        self._shape, size = image.shape, image.numel() * image.element_size()
+        cache["_shape"], size = image.shape, image.numel() * image.element_size()
         rows = min(len(self.dataset), int(self.memory * GIB) // size)
-        self._images = self._states = None
         is_supported = type(item) is ImageItem and image.dtype == torch.float32  # MVTec 3D-AD's items have a depth too
         if rows and is_supported and is_deterministic(self.dataset.augmentations):
-            self._images = _shared_zeros(rows * size, np.float32).reshape(rows, *self._shape)
-            self._states = _shared_zeros(rows, np.uint8)
+            cache["_images"] = _shared_zeros(rows * size, np.float32).reshape(rows, *self._shape)
+            cache["_states"] = _shared_zeros(rows, np.uint8)
+            cache["_rows"] = [self._row(index) for index in range(rows)]
 
     def __len__(self) -> int:
         """Return the number of images."""
@@ -95,25 +100,21 @@ class CachedImages(Dataset[ImageItem]):
             raise AttributeError(name)
         return getattr(self.dataset, name)
 
+    def __setattr__(self, name: str, value: object) -> None:
+        """Set an attribute of the data set; a new value may change its items."""
+        if getattr(self.dataset, name, None) is not value:
+            setattr(self.dataset, name, value)
+            self._allocate()
+
     def __getstate__(self) -> dict[str, Any]:
         """Leave out the cache, which cannot be sent to another process."""
         return {**vars(self), "_images": None, "_states": None}
 
-    @property
-    def augmentations(self) -> nn.Module | None:
-        """Transforms that the data set applies."""
-        transform: nn.Module | None = self.dataset.augmentations
-        return transform
-
-    @augmentations.setter
-    def augmentations(self, augmentations: nn.Module | None) -> None:
-        if augmentations is not self.dataset.augmentations:
-            self.dataset.augmentations = augmentations
-            self._allocate()
-
     def __getitem__(self, index: int) -> ImageItem:
         """Return an item, from the cache if it has been read before."""
         if self._images is None or self._states is None or index >= len(self._states):
+            return self._read(index)
+        if self._row(index) != self._rows[index]:  # the user has changed a row in place
             return self._read(index)
         state = self._states[index]
         if state in {WITH_MASK, WITHOUT_MASK}:
@@ -122,6 +123,11 @@ class CachedImages(Dataset[ImageItem]):
         if state == NOT_READ:
             self._states[index] = self._cache(index, item)
         return item
+
+    def _row(self, index: int) -> tuple[str, ...]:
+        """Return what an item depends on."""
+        sample = self.dataset.samples.iloc[index]
+        return str(sample.image_path), str(sample.mask_path), str(sample.label_index)
 
     def _read(self, index: int) -> ImageItem:
         return cast("ImageItem", self.dataset[index])

@@ -11,7 +11,8 @@ from anomalib.data import AnomalibDataModule
 from anomalib.data.utils import read_image
 from PIL import Image
 
-from anomalib_dskd.errors import DataError, UnsafeImageError
+from anomalib_dskd.data.data_module_checks import sample_tables
+from anomalib_dskd.errors import DataError, UnreadableImageError, UnsafeImageError
 
 __all__ = [
     "READABLE_ERRORS",
@@ -44,7 +45,8 @@ def open_image(path: str | Path) -> Image.Image:
 
     Raises:
         UnsafeImageError: the image has more than ``PIL.Image.MAX_IMAGE_PIXELS`` pixels, or is a PostScript program.
-        OSError: the file cannot be read; ``READABLE_ERRORS`` lists the other errors of PIL.
+        UnreadableImageError: its header cannot be read.
+        FileNotFoundError: there is no such file.
     """
     try:
         with warnings.catch_warnings():
@@ -56,6 +58,10 @@ def open_image(path: str | Path) -> Image.Image:
             f"meant to be so large, raise PIL.Image.MAX_IMAGE_PIXELS ({Image.MAX_IMAGE_PIXELS}) in Python."
         )
         raise UnsafeImageError(msg) from None
+    except FileNotFoundError:
+        raise
+    except READABLE_ERRORS as error:
+        raise UnreadableImageError.of(path, error) from error
     if image.format in PROGRAM_FORMATS:
         image.close()
         msg = f"image {str(path)!r} is a PostScript program, which is not run. Convert it to PNG, or remove it."
@@ -100,15 +106,13 @@ def check_headers(paths: Iterable[str | Path] | None) -> None:
 def check_data_files(data: AnomalibDataModule, splits: Iterable[str]) -> None:
     """Apply :func:`check_header` to all images and masks of a data module, before any of them is decoded.
 
-    For synthetic defects this includes the source images.
+    For synthetic defects these are the source images.
 
     Args:
         data: data module that has been set up.
         splits: splits to check, of ``train``, ``val`` and ``test``.
     """
-    datasets = [getattr(data, f"{split}_data", None) for split in splits]
-    tables = [getattr(dataset, name, None) for dataset in datasets for name in ("samples", "source_samples")]
-    for samples in (table for table in tables if table is not None):
+    for samples in sample_tables(data, splits):
         check_headers(samples.image_path)
         for path in samples.get("mask_path", ()):
             if isinstance(path, str) and path:
@@ -133,7 +137,8 @@ def read_named_image(path: str | Path) -> torch.Tensor:
     check_header(path)
     try:
         image = read_image(path, as_tensor=True)
+    except DataError:  # anomalib_files names truncated files
+        raise
     except READABLE_ERRORS as error:
-        msg = f"image {str(path)!r} cannot be read: {error}. Replace the file, or remove it from the data set."
-        raise DataError(msg) from error
+        raise UnreadableImageError.of(path, error) from error
     return torch.as_tensor(image)

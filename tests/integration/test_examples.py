@@ -9,8 +9,10 @@ import numpy as np
 import openvino
 import pytest
 from PIL import Image
+from torchvision.datasets.folder import IMG_EXTENSIONS
 
 from anomalib_dskd.data.image_files import read_named_image
+from anomalib_dskd.errors import DataError
 from tests.integration.conftest import Exported
 
 SCRIPT = Path(__file__).parents[2] / "examples" / "predict_folder.py"
@@ -31,6 +33,23 @@ def test_batches_have_images_of_one_size(script, tmp_path):
     assert [[path.stem for path in names] for names, _ in found] == [["0", "1"], ["2"], ["3"], ["4"]]
     assert [images.shape for _, images in found] == [(2, 3, 9, 8), (1, 3, 9, 8), (1, 3, 9, 7), (1, 3, 9, 8)]
     np.testing.assert_allclose(found[0][1][1, :, 0, 0], [1 / 255, 0, 1])
+
+
+def test_images_of_all_types_that_anomalib_reads_are_scored(script, tmp_path):
+    for suffix in IMG_EXTENSIONS:
+        Image.new("RGB", (8, 8)).save(tmp_path / f"{suffix[1:]}{suffix}")
+    Image.new("RGB", (8, 8)).save(tmp_path / "upper.PNG")
+    assert {path.suffix.lower() for path in script.image_files(tmp_path)} == set(IMG_EXTENSIONS)
+    assert len(script.image_files(tmp_path)) == len(IMG_EXTENSIONS) + 1
+
+
+def test_images_behind_a_link_are_not_left_out_in_silence(script, tmp_path):
+    for name in ("new", "elsewhere"):
+        (tmp_path / name).mkdir()
+        Image.new("RGB", (8, 8)).save(tmp_path / name / "0.png")
+    (tmp_path / "new" / "linked").symlink_to(tmp_path / "elsewhere")
+    with pytest.raises(DataError, match="1 images below .* would be left out"):
+        script.image_files(tmp_path / "new")
 
 
 @pytest.mark.parametrize("batch", [1, 3])

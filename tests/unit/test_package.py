@@ -16,7 +16,17 @@ ALLOWED = {  # what may import what
     "evaluation": set(),
     "post_processing": set(),
     "pre_processing": set(),
-    "models": {"components", "data", "evaluation", "models", "post_processing", "pre_processing", "training"},
+    "visualization": {"data"},
+    "models": {
+        "components",
+        "data",
+        "evaluation",
+        "models",
+        "post_processing",
+        "pre_processing",
+        "training",
+        "visualization",
+    },
     "benchmark": {"benchmark", "components", "data", "evaluation"},  # models by their names in a configuration
     "cli": {"benchmark", "check"},
 }

@@ -7,7 +7,8 @@ from pathlib import Path
 from typing import Any, ClassVar
 
 from anomalib.data import AnomalibDataModule
-from anomalib.deploy import CompressionType
+from anomalib.deploy import CompressionType, ExportType
+from anomalib.models.components.base.export_mixin.utils import create_export_root
 
 from anomalib_dskd.errors import ArgumentError
 from anomalib_dskd.models.distillation.evaluation import EvaluationMixin
@@ -25,28 +26,33 @@ class ExportMixin(EvaluationMixin):
     training_components: ClassVar[tuple[str, ...]] = ()
     """Attributes other than :attr:`model` that only training needs: exports do not contain them."""
 
-    def to_torch(self, *args: Any, **kwargs: Any) -> Path:  # noqa: ANN401 - passed on
+    def to_torch(self, export_root: Path | str, model_file_name: str = "model") -> Path:
         """Export as anomalib does.
 
         Raises:
+            ArgumentError: the file exists.
             NotTrainedError: the model has not been trained.
         """
+        _check_new(export_root, ExportType.TORCH, f"{model_file_name}.pt")
         with self._ready_for_export():
-            return super().to_torch(*args, **kwargs)
+            return super().to_torch(export_root, model_file_name)
 
-    def to_onnx(self, *args: Any, **kwargs: Any) -> Path:  # type: ignore[override] # noqa: ANN401 - passed on
+    def to_onnx(self, export_root: Path | str, model_file_name: str = "model", *args: Any, **kwargs: Any) -> Path:  # type: ignore[override] # noqa: ANN401 - passed on
         """Export as anomalib does; the OpenVINO export calls this too.
 
         Raises:
+            ArgumentError: the file exists.
             NotTrainedError: the model has not been trained.
         """
+        _check_new(export_root, ExportType.ONNX, f"{model_file_name}.onnx")
         kwargs.setdefault("opset_version", ONNX_OPSET)
         with self._ready_for_export():
-            return super().to_onnx(*args, **kwargs)
+            return super().to_onnx(export_root, model_file_name, *args, **kwargs)
 
     def to_openvino(  # type: ignore[override]
         self,
         export_root: Path | str,
+        model_file_name: str = "model",
         *,
         compression_type: CompressionType | None = None,
         datamodule: AnomalibDataModule | None = None,
@@ -56,6 +62,7 @@ class ExportMixin(EvaluationMixin):
 
         Args:
             export_root: folder of the results.
+            model_file_name: name of the files, without suffix.
             compression_type: none, ``fp16`` and ``int8`` (weights only), or ``int8_ptq`` (activations too).
             datamodule: training images for ``int8_ptq``.
             **kwargs: anomalib's, such as ``input_size``.
@@ -64,9 +71,11 @@ class ExportMixin(EvaluationMixin):
             The model's ``.xml`` file.
 
         Raises:
-            ArgumentError: the compression is not supported, or has no images to calibrate on.
+            ArgumentError: the file exists, or the compression is not supported or has no images to calibrate on.
             NotTrainedError: the model has not been trained.
         """
+        _check_new(export_root, ExportType.OPENVINO, f"{model_file_name}.xml")
+        kwargs["model_file_name"] = model_file_name
         if compression_type == CompressionType.INT8_ACQ:
             msg = (
                 "compression_type 'int8_acq' needs defects to check the accuracy on, and quantizes the anomaly map "
@@ -109,3 +118,14 @@ class ExportMixin(EvaluationMixin):
         finally:
             for name, component in components.items():
                 setattr(self, name, component)
+
+
+def _check_new(export_root: Path | str, export_type: ExportType, name: str) -> None:
+    """Raise if an export would replace an earlier one, which may be of another model."""
+    path = create_export_root(export_root, export_type) / name
+    if path.exists():
+        msg = (
+            f"{str(path)!r} exists, and may be the export of another model. Give another folder or name "
+            "(--export_root, --model_file_name), or delete the file."
+        )
+        raise ArgumentError(msg)

@@ -34,7 +34,6 @@ from anomalib_dskd.models.distillation.checkpoints import CheckpointMixin
 from anomalib_dskd.models.distillation.command import filter_messages, prepare_saved_config
 from anomalib_dskd.models.distillation.divergence import check_loss, check_weights
 from anomalib_dskd.models.distillation.export import ExportMixin
-from anomalib_dskd.models.distillation.heatmaps import ScoreVisualizer
 from anomalib_dskd.models.distillation.image_size import DEFAULT_IMAGE_SIZE, resolve_pre_processor
 from anomalib_dskd.models.distillation.images import check_batch
 from anomalib_dskd.models.distillation.optimization import create_optimizer
@@ -48,6 +47,7 @@ from anomalib_dskd.models.distillation.training_loader import channels_last
 from anomalib_dskd.models.distillation.training_options import Schedule, TrainingOptions
 from anomalib_dskd.post_processing import NormalQuantilePostProcessor
 from anomalib_dskd.pre_processing import create_pre_processor
+from anomalib_dskd.visualization import ResultVisualizer
 
 __all__ = ["DEFAULT_TEACHER", "DistillationModule"]
 
@@ -97,8 +97,7 @@ class DistillationModule(ExportMixin, CheckpointMixin):
         post_processor: as in every anomalib model. Default:
             :class:`~anomalib_dskd.post_processing.NormalQuantilePostProcessor`, which says what a score of 0.5 means.
         evaluator: as in every anomalib model. Default: :class:`~anomalib_dskd.evaluation.RawScoreEvaluator`.
-        visualizer: as in every anomalib model. Default:
-            :class:`~anomalib_dskd.models.distillation.heatmaps.ScoreVisualizer`.
+        visualizer: as in every anomalib model. Default: :class:`~anomalib_dskd.visualization.ResultVisualizer`.
 
     Raises:
         ArgumentError: a value is out of range or a combination makes no sense.
@@ -291,8 +290,8 @@ class DistillationModule(ExportMixin, CheckpointMixin):
 
     @classmethod
     def configure_visualizer(cls) -> ImageVisualizer:
-        """Return the default visualizer, whose images carry score and verdict."""
-        return ScoreVisualizer()
+        """Return the default visualizer, which adds score and verdict and overwrites no file."""
+        return ResultVisualizer()
 
     @staticmethod
     def configure_evaluator() -> Evaluator:

@@ -10,6 +10,7 @@ import torch
 from anomalib import LearningType
 from anomalib.models.components import AnomalibModule
 from anomalib.pre_processing import PreProcessor
+from PIL import Image
 from sklearn.metrics import roc_auc_score
 from torchvision.transforms.v2 import CenterCrop, Compose, Normalize, Resize
 
@@ -21,7 +22,7 @@ from anomalib_dskd.benchmark.machine import describe_machine
 from anomalib_dskd.benchmark.run_benchmark import _tasks
 from anomalib_dskd.benchmark.run_folder import RunFolder
 from anomalib_dskd.benchmark.runners import LocalRunner
-from anomalib_dskd.errors import ArgumentError
+from anomalib_dskd.errors import ArgumentError, DataError
 from tests.conftest import TEACHER
 
 
@@ -30,6 +31,21 @@ def job(magnetic_tile_root):
     data = {"class_path": "anomalib_dskd.MagneticTile", "init_args": {"root": str(magnetic_tile_root)}}
     models = [ModelSpec({"class_path": "anomalib_dskd.Dskd"}, epochs=1)]
     return expand(BenchmarkConfig(models=models, datasets=[DatasetSpec(data)], image_size=96))[0]
+
+
+@pytest.mark.parametrize("model", ["anomalib_dskd.Dskd", "anomalib.models.Padim"])
+def test_a_job_with_wrong_masks_is_refused(model, tmp_path):
+    for name in ("good/0", "good/1", "bad/1", "masks/12"):
+        (tmp_path / name).parent.mkdir(exist_ok=True)
+        Image.new("RGB", (64, 64)).save(tmp_path / f"{name}.png")
+    folders = {"normal_dir": "good", "abnormal_dir": "bad", "mask_dir": "masks"}
+    arguments = {"name": "parts", "root": str(tmp_path), "num_workers": 0, "val_split_mode": "same_as_test", **folders}
+    data = {"class_path": "anomalib.data.Folder", "init_args": arguments}
+    network = {"pre_trained": False} if model.endswith("Padim") else {"teacher": TEACHER}
+    specification = ModelSpec({"class_path": model, "init_args": network}, epochs=1)
+    config = BenchmarkConfig(models=[specification], datasets=[DatasetSpec(data)], image_size=64)
+    with pytest.raises(DataError, match=r"bad/1.png' with '.*masks/12.png'"):
+        run_job.run_job(expand(config)[0], tmp_path / "job", lambda *_: None)
 
 
 def test_a_measurement_that_fails_becomes_a_note(job, monkeypatch):

@@ -227,10 +227,6 @@ PROBLEMS = {
         sort_masks_differently,
         {"setup": ("error", []), "mask-order": ("error", ["1.png", "11.png"])},
     ),
-    "masks of other defect classes": (
-        swap_mask_folders,
-        {"mask-of-other-image": ("error", ["0.png", "0.png"])},
-    ),
     "same image as normal and as defective": (
         lambda r: shutil.copy(r / "test/0.png", r / "bad/0.png"),
         {"same-picture": ("error", ["0.png", "0.png"])},
@@ -276,6 +272,38 @@ def test_each_problem_is_found_with_its_file(name, root):
     damage, expected = PROBLEMS[name]
     damage(root)
     assert found(root) == expected
+
+
+def test_wrong_pairs_of_images_and_masks_are_found(root):
+    swap_mask_folders(root)
+    findings = [finding for finding in check_data(module(root)) if finding.severity == "error"]
+    names = [[str(Path(file).relative_to(root)) for file in finding.files] for finding in findings]
+    assert {finding.kind for finding in findings} == {"mask-of-other-image"}
+    assert names == [["bad/dent/0.png", "mask/a/scratch/0.png"], ["bad/scratch/0.png", "mask/b/dent/0.png"]]
+    assert "the folder" in findings[0].message
+
+
+def test_a_set_of_16_bit_images_has_one_kind_of_error(root):
+    """Clipped to white, all images would be the same and without contrast."""
+    paths = [path for name in ("good", "test", "bad") for path in (root / name).iterdir()]
+    for path in paths:
+        gray = np.asarray(Image.open(path).convert("L")).astype(np.uint16)
+        Image.fromarray(gray * 40 + 500).save(path)
+    assert {kind: len(files) for kind, (_, files) in found(root).items()} == {"deep": len(paths)}
+
+
+@pytest.mark.parametrize("mode", ["I;16", "I", "F"])
+def test_a_deep_image_without_contrast_is_still_found(mode, root):
+    Image.fromarray(np.full((SIDE, SIDE), 3000).astype({"I;16": "u2", "I": "i4", "F": "f4"}[mode])).save(
+        root / "good" / "00.tiff"
+    )
+    assert found(root) == {"deep": ("error", ["00.tiff"]), "flat": ("warning", ["00.tiff"])}
+
+
+def test_equal_deep_images_are_still_found(root):
+    for name in ("good/00", "test/copy"):
+        Image.fromarray(np.asarray(crop(0).convert("L")).astype(np.uint16) * 100).save(root / f"{name}.png")
+    assert found(root)["same-picture"] == ("error", ["00.png", "copy.png"])
 
 
 @pytest.mark.parametrize(

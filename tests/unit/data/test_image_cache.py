@@ -135,6 +135,40 @@ def test_pickled_copy_reads_the_files(data):
     assert same(copied[3], cached[3])
 
 
+def test_new_samples_replace_the_cached_ones(data):
+    cache_training_images(data, memory=1.0)
+    everything = [data.train_data[index] for index in range(8)]
+    data.train_data.samples = data.train_data.samples.iloc[[5, 2]]
+    for again in range(2):
+        cache_training_images(data, memory=1.0)
+        assert len(data.train_data) == 2
+        for index, old in enumerate((2, 5)):  # anomalib sorts them
+            for _ in range(2):
+                assert same(data.train_data[index], everything[old]), again
+
+
+def test_rows_changed_in_place_are_read(data):
+    """A label too: a cached item would have the mask of a normal image."""
+    defect = data.test_data.samples.query("label_index == 1").iloc[0]
+    cache_training_images(data, memory=1.0)
+    before = [data.train_data[index] for index in (0, 1)]
+    for name in ("image_path", "mask_path", "label_index"):
+        data.train_data.samples.loc[0, name] = defect[name]
+    item = data.train_data[0]
+    assert (item.image_path, int(item.gt_label)) == (defect.image_path, 1)
+    assert item.gt_mask.any()
+    assert not torch.equal(item.image, before[0].image)
+    assert same(data.train_data[1], before[1])
+
+
+def test_a_subset_in_place_has_its_own_images(data):
+    cache_training_images(data, memory=1.0)
+    everything = [data.train_data[index] for index in range(8)]
+    data.train_data.subsample([3, 6], inplace=True)
+    assert len(data.train_data) == 2
+    assert all(same(data.train_data[index], everything[old]) for index, old in enumerate((3, 6)))
+
+
 def test_zero_memory_disables_the_cache(data):
     original = data.train_data
     cache_training_images(data, memory=0)

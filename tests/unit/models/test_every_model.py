@@ -441,6 +441,20 @@ def test_no_result_before_training(kind, magnetic_tile_root, teacher_weights, tm
         model.to_onnx(tmp_path)
 
 
+@every_model
+@pytest.mark.parametrize(("kind_of_export", "suffix"), [("torch", "pt"), ("onnx", "onnx"), ("openvino", "xml")])
+def test_an_export_does_not_replace_another(kind_of_export, suffix, kind, tmp_path):
+    model = build(kind, None)
+    model.model.is_trained = True
+    for name in ("model", "line_2"):
+        (tmp_path / "weights" / kind_of_export).mkdir(parents=True, exist_ok=True)
+        earlier = tmp_path / "weights" / kind_of_export / f"{name}.{suffix}"
+        earlier.write_text("earlier")
+        with pytest.raises(ArgumentError, match=rf"{name}.{suffix}' exists, and may be the export of another model"):
+            engine(tmp_path).export(model, kind_of_export, export_root=tmp_path, model_file_name=name)
+        assert earlier.read_text() == "earlier"
+
+
 @pytest.mark.parametrize(
     ("kind", "cached", "uncached"),
     [(Afkd, 8, 24), (Dskd, 8, 24), (Dtgd, 8 + 24, 24 + 24), (Tad, 8, 24)],  # Dtgd: damaged ones besides

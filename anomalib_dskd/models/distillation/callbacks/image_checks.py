@@ -1,11 +1,18 @@
-"""Checks of image files before any of them is decoded."""
+"""Checks of a data module's files before any of them is decoded, and of the files that results are saved to."""
+
+from typing import Any
 
 from anomalib.data import AnomalibDataModule
+from anomalib.visualization import ImageVisualizer
 from lightning import Callback, LightningModule, Trainer
 from lightning.pytorch.trainer.states import TrainerFn
 
+from anomalib_dskd.data.anomalib_files import name_files_in_workers
 from anomalib_dskd.data.data_module_checks import check_names
 from anomalib_dskd.data.image_files import check_data_files, check_headers, dataset_paths
+from anomalib_dskd.data.links import check_data_links
+from anomalib_dskd.data.mask_pairs import check_mask_pairs
+from anomalib_dskd.visualization import check_file_names
 
 __all__ = ["CheckImageFiles"]
 
@@ -19,24 +26,48 @@ SPLITS = {
 
 
 class CheckImageFiles(Callback):
-    """Refuses image files that would be misread or are not safe to decode, by their headers."""
+    """Refuses files that would be misread, left out, paired wrongly or overwritten, or that are not safe to decode."""
 
     def setup(self, trainer: Trainer, pl_module: LightningModule, stage: str) -> None:  # noqa: ARG002
-        """Check the data module's names and the headers of the images that this stage reads.
+        """Check the data module's names, links and pairs, and the headers of the images that this stage reads.
 
         Raises:
             ArgumentError: a name that leads out of the folder of results.
-            DataError: an image that is not supported, with its file.
+            DataError: images that are not supported, would be left out, or have another image's mask; with their files.
         """
         data = getattr(trainer, "datamodule", None)
         if isinstance(data, AnomalibDataModule):
             check_names(data)
-            check_data_files(data, SPLITS[TrainerFn(stage)])
+            check_data_links(data)
+            check_mask_pairs(data)
+            splits = SPLITS[TrainerFn(stage)]
+            check_data_files(data, splits)
+            for split in splits:
+                name_files_in_workers(getattr(data, f"{split}_data", None))
 
-    def on_predict_start(self, trainer: Trainer, pl_module: LightningModule) -> None:  # noqa: ARG002
+    def on_test_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        """Check that each image is saved to a file of its own.
+
+        Raises:
+            ArgumentError: two images that would be saved to one file.
+        """
+        _check_file_names(trainer, pl_module, trainer.test_dataloaders)
+
+    def on_predict_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
         """Check the headers of the images to predict, which need not come from a data module.
 
         Raises:
+            ArgumentError: two images that would be saved to one file.
             DataError: an image that is not supported, with its file.
         """
-        check_headers(dataset_paths(trainer.predict_dataloaders))
+        loaders = trainer.predict_dataloaders
+        check_headers(dataset_paths(loaders))
+        _check_file_names(trainer, pl_module, loaders)
+        for loader in loaders if isinstance(loaders, list | tuple) else [loaders]:
+            name_files_in_workers(getattr(loader, "dataset", None))
+
+
+def _check_file_names(trainer: Trainer, module: LightningModule, loaders: Any) -> None:  # noqa: ANN401 - of any type
+    visualizer = getattr(module, "visualizer", None)
+    if isinstance(visualizer, ImageVisualizer):
+        check_file_names(visualizer, dataset_paths(loaders), getattr(trainer, "datamodule", None))

@@ -16,7 +16,7 @@ from rich.text import Text
 
 from anomalib_dskd.file_writing import write_file
 from anomalib_dskd.models.distillation.command import runs_in_command
-from anomalib_dskd.models.distillation.heatmaps import verdict
+from anomalib_dskd.visualization import verdict
 
 __all__ = ["ReportPredictions"]
 

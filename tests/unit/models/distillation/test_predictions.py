@@ -7,13 +7,12 @@ import numpy as np
 import pandas as pd
 import pytest
 import torch
-from anomalib.data import Folder, ImageBatch, ImageItem
-from anomalib.visualization import ImageVisualizer
+from anomalib.data import Folder, ImageBatch
 from PIL import Image
 
 from anomalib_dskd import Dskd
 from anomalib_dskd.models.distillation.callbacks import ReportPredictions
-from anomalib_dskd.models.distillation.heatmaps import CAPTION_HEIGHT, ScoreVisualizer
+from anomalib_dskd.visualization import ResultVisualizer
 from tests.conftest import TEACHER, engine
 
 
@@ -45,7 +44,7 @@ def trained(parts: Path, teacher_weights: Path, tmp_path_factory: pytest.TempPat
 
 
 def run(stage: str, model: Dskd, folder: Path, **arguments):
-    model.visualizer = ScoreVisualizer()
+    model.visualizer = ResultVisualizer()
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")
         return getattr(engine(folder), stage)(model, **arguments)
@@ -118,32 +117,3 @@ def test_without_a_threshold_there_is_no_verdict_and_without_a_file_no_row():
     assert report.rows == []
     report.on_test_batch_end(None, None, ImageBatch(image=image, pred_score=score, image_path=["a.png"]))
     assert report.rows == [{"file": "a.png", "score": 0.25, "verdict": ""}]
-
-
-def item(**fields) -> ImageItem:
-    return ImageItem(image=torch.zeros(3, 64, 64), anomaly_map=torch.zeros(64, 64), **fields)
-
-
-def test_an_image_gets_a_line_of_its_own_and_is_anomalibs_below_it():
-    scored = item(pred_score=torch.tensor(0.75), pred_label=torch.tensor(True))
-    drawn, plain = ScoreVisualizer().draw(scored), ImageVisualizer().visualize(scored)
-    assert drawn.size == (plain.width, plain.height + CAPTION_HEIGHT)
-    assert np.array_equal(np.asarray(drawn)[CAPTION_HEIGHT:], np.asarray(plain))
-    caption = np.asarray(drawn)[:CAPTION_HEIGHT]
-    assert caption.max() == 255
-    others = [{"pred_score": torch.tensor(0.5)}, {"pred_label": torch.tensor(False)}, {"gt_label": torch.tensor(True)}]
-    given = {"pred_score": torch.tensor(0.75), "pred_label": torch.tensor(True)}
-    lines = [caption, *(np.asarray(ScoreVisualizer().draw(item(**{**given, **o})))[:CAPTION_HEIGHT] for o in others)]
-    assert all(not np.array_equal(a, b) for i, a in enumerate(lines) for b in lines[:i])
-
-
-@pytest.mark.parametrize(("text", "fields"), [({"enable": False}, {"pred_score": torch.tensor(0.7)}), ({}, {})])
-def test_without_text_or_score_an_image_is_anomalibs(text, fields):
-    drawn = ScoreVisualizer(text_config=text).draw(item(**fields))
-    assert np.array_equal(np.asarray(drawn), np.asarray(ImageVisualizer(text_config=text).visualize(item(**fields))))
-
-
-def test_anomalibs_visualizer_still_draws_no_score():
-    """If this fails, ``ScoreVisualizer`` may no longer be needed."""
-    scores = [ImageVisualizer().visualize(item(pred_score=torch.tensor(score))) for score in (0.2, 0.8)]
-    assert np.array_equal(*map(np.asarray, scores))
