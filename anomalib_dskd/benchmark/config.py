@@ -44,7 +44,8 @@ class DatasetSpec:
         data: ``class_path`` of an anomalib data module, such as ``anomalib.data.MVTecAD``, and its ``init_args``.
         categories: values of its argument ``category``, with one job each. Default: one job without a category.
         image_size: height and width of the images, for all models. Default: that of the benchmark.
-        name: name in the report. Default: the name of the class.
+        name: name in the report. Default: the data module's own argument ``name``, such as that of ``Folder``, or the
+            name of the class.
     """
 
     data: dict[str, Any]
@@ -203,7 +204,8 @@ def _class_name(spec: ModelSpec | DatasetSpec) -> str:
 
 
 def _name(spec: ModelSpec | DatasetSpec) -> str:
-    return spec.name or _class_name(spec)
+    own = spec.data.get("init_args", {}).get("name") if isinstance(spec, DatasetSpec) else None
+    return spec.name or own or _class_name(spec)
 
 
 def _epochs(model: ModelSpec, default: int | None) -> tuple[int | None, str]:
@@ -271,7 +273,11 @@ def _check_specs(argument: str, specs: Sequence[ModelSpec | DatasetSpec]) -> Non
     names = [_name(spec) for spec in specs]
     repeated = sorted({name for name in names if names.count(name) > 1})
     if repeated:
-        msg = f"{argument} {', '.join(repeated)} given more than once: give each a `name`, all different."
+        key = "model" if isinstance(specs[0], ModelSpec) else "data"
+        msg = (
+            f"{argument} {', '.join(repeated)} given more than once. Give each entry a `name` of its own, at the same "
+            f"level as `{key}`: it tells their results apart."
+        )
         raise ArgumentError(msg)
 
 

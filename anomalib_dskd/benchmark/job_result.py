@@ -23,10 +23,15 @@ JSON_TYPES: dict[Any, tuple[Any, str]] = {
 
 @dataclass(frozen=True)
 class Metrics:
-    """Accuracy as fractions; None where the test set lacks normal images, defects or masks."""
+    """Accuracy as fractions; None where the test set lacks normal images, defects or masks, or the model labels.
+
+    ``image_F1`` is that of the best threshold for the test images, ``image_F1_at_threshold`` that of the model's
+    labels.
+    """
 
     image_AUROC: float | None = None  # noqa: N815 - anomalib's name
     image_F1: float | None = None  # noqa: N815
+    image_F1_at_threshold: float | None = None  # noqa: N815
     pixel_AUROC: float | None = None  # noqa: N815
     AUPRO: float | None = None
 
@@ -61,13 +66,17 @@ class Speed:
 
 @dataclass(frozen=True)
 class Cost:
-    """Peak memory of the training run, parameters, multiply-adds per image, and the size of the exported model."""
+    """Peak memory of the training run, parameters, multiply-adds per image, and the size of the exported model.
+
+    ``int8_F1_at_threshold`` is the image F1 score of the labels that an INT8 export gives, a fraction.
+    """
 
     peak_memory_mib: float | None = None
     parameters: int | None = None
     trained_parameters: int | None = None
     macs: int | None = None
     export_mib: float | None = None
+    int8_F1_at_threshold: float | None = None  # noqa: N815 - like the other F1 scores
 
 
 @dataclass(frozen=True)

@@ -9,17 +9,21 @@ from typing import Any, cast
 
 import numpy as np
 import torch
-from anomalib.data import Batch
-from anomalib.metrics import AUPRO, AUROC, AnomalibMetric, F1Max
+from anomalib.data import Batch, InferenceBatch
+from anomalib.metrics import AUPRO, AUROC, AnomalibMetric, F1Max, F1Score
+from anomalib.post_processing import PostProcessor
 from lightning import Callback, LightningModule, Trainer
 from numpy.typing import NDArray
-from torch import Tensor
+from torch import Tensor, nn
 
 from anomalib_dskd.errors import DskdError
 from anomalib_dskd.evaluation import FPR_LIMIT
 from anomalib_dskd.file_writing import write_file
 
-__all__ = ["Predictions", "ScoreRecorder", "compute_metrics", "compute_metrics_by_class"]
+__all__ = ["Predictions", "ScoreRecorder", "compute_metrics", "compute_metrics_by_class", "label_f1", "predict_labels"]
+
+
+METRICS = ("image_AUROC", "image_F1", "image_F1_at_threshold", "pixel_AUROC", "AUPRO")
 
 
 @dataclass(frozen=True)
@@ -33,6 +37,7 @@ class Predictions:
         scores: image scores, on the model's own scale; ``(N,)``.
         maps: anomaly maps, on the model's own scale, ``(N, h, w)``; or None.
         masks: 1 for pixels with a defect, ``(N, h, w)``; or None.
+        predicted_labels: 1 for images that the model's threshold calls anomalous, else 0, ``(N,)``; or None.
     """
 
     paths: list[str]
@@ -41,6 +46,7 @@ class Predictions:
     scores: NDArray[np.float32]
     maps: NDArray[np.float32] | None
     masks: NDArray[np.uint8] | None
+    predicted_labels: NDArray[np.int64] | None = None
 
     def save(self, path: Path) -> None:
         """Write a compressed NumPy archive; maps are stored as FP16, scaled into [0, 1]."""
@@ -110,30 +116,61 @@ class ScoreRecorder(Callback):
         return np.concatenate(values) if values and all(value is not None for value in values) else None
 
 
+def predict_labels(post_processor: nn.Module | None, scores: NDArray[np.float32]) -> NDArray[np.int64] | None:
+    """Return the labels that a model and its exports give images, or None if it has no threshold.
+
+    Args:
+        post_processor: the model's.
+        scores: image scores, on the model's own scale; ``(N,)``.
+    """
+    if not isinstance(post_processor, PostProcessor) or not post_processor.enable_thresholding:
+        return None
+    if post_processor.image_threshold.isnan():  # anomalib takes scores for labels then
+        return None
+    predictions = InferenceBatch(pred_score=torch.from_numpy(scores)[:, None], anomaly_map=None)
+    # not the method of a subclass, which may need maps for its masks
+    labels = cast("Tensor", PostProcessor.forward(post_processor, predictions).pred_label)
+    return labels.flatten().numpy().astype(np.int64)
+
+
 def compute_metrics(
     predictions: Predictions, chosen: NDArray[np.bool_] | slice = slice(None)
 ) -> dict[str, float | None]:
-    """Compute image AUROC, image F1 at its best threshold, pixel AUROC, and AUPRO up to a false positive rate of 0.3.
+    """Compute image AUROC, image F1, pixel AUROC, and AUPRO up to a false positive rate of 0.3.
+
+    Image F1 is computed at the best threshold for these images, and at the model's own.
 
     Args:
         predictions: for a test set of N images.
         chosen: which images to include, ``(N,)``; all by default.
 
     Returns:
-        Fractions; None where the images include no normal image, no defect, no maps or no masks.
+        Fractions; None where the images include no normal image, no defect, no maps, no masks or no labels.
     """
     labels, scores = predictions.labels[chosen], predictions.scores[chosen]
     maps, masks = (None if values is None else values[chosen] for values in (predictions.maps, predictions.masks))
-    result: dict[str, float | None] = dict.fromkeys(("image_AUROC", "image_F1", "pixel_AUROC", "AUPRO"))
+    result: dict[str, float | None] = dict.fromkeys(METRICS)
     if len(np.unique(labels)) > 1:
         scores = _into_unit_range(scores)
         result["image_AUROC"] = _compute(AUROC, scores, labels)
         result["image_F1"] = _compute(F1Max, scores, labels)
+    if predictions.predicted_labels is not None:
+        result["image_F1_at_threshold"] = label_f1(predictions.predicted_labels[chosen], labels)
     if maps is not None and masks is not None and masks.any():
         maps = _into_unit_range(maps)
         result["pixel_AUROC"] = _compute(AUROC, maps, masks)
         result["AUPRO"] = _compute(AUPRO, maps, masks, fpr_limit=FPR_LIMIT)
     return result
+
+
+def label_f1(predicted: NDArray[Any], labels: NDArray[Any]) -> float | None:
+    """Return the F1 score of predicted labels ``(N,)``, or None unless there are normal and anomalous images.
+
+    >>> label_f1(np.array([1, 0, 1]), np.array([1, 1, 0])), label_f1(np.array([1]), np.array([1]))
+    (0.5, None)
+    """
+    has_both = len(np.unique(labels)) > 1
+    return _compute(F1Score, predicted.astype(np.int64), labels.astype(np.int64)) if has_both else None
 
 
 def compute_metrics_by_class(predictions: Predictions) -> dict[str, dict[str, float | int | None]]:

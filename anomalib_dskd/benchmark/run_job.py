@@ -9,8 +9,10 @@ from pathlib import Path
 from tempfile import TemporaryDirectory
 from typing import Any
 
+import pandas as pd
 import torch
 from anomalib.data import AnomalibDataModule
+from anomalib.data.utils import DirType
 from anomalib.deploy import CompressionType
 from anomalib.engine import Engine
 from anomalib.models.components import AnomalibModule
@@ -30,14 +32,20 @@ from anomalib_dskd.benchmark.job_result import (
     now,
 )
 from anomalib_dskd.benchmark.machine import describe_machine
-from anomalib_dskd.benchmark.predictions import Predictions, ScoreRecorder, compute_metrics, compute_metrics_by_class
+from anomalib_dskd.benchmark.predictions import (
+    Predictions,
+    ScoreRecorder,
+    compute_metrics,
+    compute_metrics_by_class,
+    predict_labels,
+)
 from anomalib_dskd.benchmark.run_folder import PREDICTIONS
 from anomalib_dskd.benchmark.speed import measure_cost, measure_openvino, measure_pytorch, peak_memory_mib
 from anomalib_dskd.data.links import check_data_links
 from anomalib_dskd.data.mask_pairs import check_mask_pairs
 from anomalib_dskd.file_writing import write_file
 
-__all__ = ["run_job", "training_run_id"]
+__all__ = ["kinds_of_defects", "run_job", "training_run_id"]
 
 Report = Callable[[float, str], None]
 """Receives the fraction of the job that is done, and its current step."""
@@ -201,9 +209,21 @@ def _test(job: Job, model: AnomalibModule, data: AnomalibDataModule, folder: Pat
     recorder = ScoreRecorder()
     _engine(job, folder, [recorder]).test(model, datamodule=data, verbose=False)
     model.cpu()
-    samples = data.test_data.samples
+    predictions = recorder.predictions(kinds_of_defects(data.test_data.samples))
+    return replace(predictions, predicted_labels=predict_labels(model.post_processor, predictions.scores))
+
+
+def kinds_of_defects(samples: pd.DataFrame) -> dict[str, str]:
+    """Return the kind of defect by image path: the data set's label or, where this is only a role, the folder's name.
+
+    Args:
+        samples: of an anomalib data set; ``Folder`` and ``Tabular`` label defects of all kinds ``DirType.ABNORMAL``.
+    """
     labels = samples.label if "label" in samples else [""] * len(samples)
-    return recorder.predictions({str(path): str(label) for path, label in zip(samples.image_path, labels, strict=True)})
+    return {
+        str(path): Path(path).parent.name if isinstance(label, DirType) else str(label)
+        for path, label in zip(samples.image_path, labels, strict=True)
+    }
 
 
 # --- measurements and notes --------------------------------------------------------------------------------------
@@ -235,7 +255,7 @@ def _measure(job: Job, model: AnomalibModule, data: AnomalibDataModule, cost: Co
             lambda: measure_openvino(model, size, seconds=seconds, compression=ptq, datamodule=data),
         )
         if int8 is not None:
-            speed["openvino_int8_ms"] = int8["milliseconds"]
+            speed["openvino_int8_ms"], costs["int8_F1_at_threshold"] = int8["milliseconds"], int8["label_f1"]
     return Speed(**speed), replace(cost, **costs), problems
 
 

@@ -12,6 +12,7 @@ from anomalib.deploy import CompressionType
 from anomalib.models.components import AnomalibModule
 from torch.utils.flop_counter import FlopCounterMode
 
+from anomalib_dskd.benchmark.export_accuracy import exported_f1
 from anomalib_dskd.benchmark.timing import median_milliseconds
 from anomalib_dskd.errors import DskdError
 
@@ -68,7 +69,8 @@ def measure_openvino(
 
     Returns:
         ``milliseconds`` at batch size 1, ``throughput`` in images per second, the ``batch`` size that reached it, and
-        the size of the exported model in ``mib``.
+        the size of the exported model in ``mib``; of a compressed model also ``label_f1``, the F1 score of its labels
+        of the test images.
 
     Raises:
         DskdError: OpenVINO cannot run the exported model.
@@ -79,8 +81,9 @@ def measure_openvino(
         arguments = [str(path), *map(str, size), str(seconds), *([] if compression else ["f32"])]
         command = [sys.executable, "-m", "anomalib_dskd.benchmark.timing", *arguments]
         result = subprocess.run(command, capture_output=True, text=True, check=False)
+        f1 = exported_f1(path, datamodule, size) if compression and datamodule and not result.returncode else None
     if result.returncode:
         reason = next(reversed(result.stderr.strip().splitlines()), f"exit code {result.returncode}")
         msg = f"OpenVINO cannot run the exported model: {reason}"
         raise DskdError(msg)
-    return {**json.loads(result.stdout.splitlines()[-1]), "mib": mib}
+    return {**json.loads(result.stdout.splitlines()[-1]), "mib": mib, "label_f1": f1}

@@ -36,7 +36,7 @@ def check_teacher(teacher: str, *, role: str = "teacher") -> None:
     Raises:
         ArgumentError: unknown architecture or unknown pretrained tag.
     """
-    architecture, _, tag = teacher.partition(".")
+    architecture, _, tag = str(teacher).partition(".")
     if not timm.is_model(architecture):
         near = difflib.get_close_matches(architecture, timm.list_models(), n=5)
         hint = f" Did you mean {', '.join(map(repr, near))}?" if near else ""
@@ -73,12 +73,15 @@ class Backbone(nn.Module):
         role: what error messages call the network.
 
     Raises:
-        ArgumentError: unknown model, model without ``features_only``, or layers out of range.
+        ArgumentError: unknown model, model without ``features_only``, or layers that are no indices or out of range.
     """
 
     def __init__(self, name: str, layers: Sequence[int], *, role: str = "teacher") -> None:
         super().__init__()
         check_teacher(name, role=role)
+        if not isinstance(layers, (list, tuple)) or not all(isinstance(index, int) for index in layers):
+            msg = f"layers {layers!r} must be a list of whole numbers, indices into the feature levels of the {role}."
+            raise ArgumentError(msg)
         self.name = name
         self.layers = tuple(layers)
         cfg = get_pretrained_cfg(name)

@@ -31,13 +31,13 @@ class DeepFeatureEmbedding(nn.Module):
             shortcut. Two match the parameter count of the paper's Table 6 (39.3 M).
 
     Raises:
-        ArgumentError: fewer than one block.
+        ArgumentError: fewer than one block, or no whole number.
     """
 
     def __init__(self, levels: Sequence[FeatureLevel], blocks: int = 2) -> None:
         super().__init__()
-        if blocks < 1:
-            msg = f"embedding_blocks {blocks} must be 1 or larger."
+        if not isinstance(blocks, int) or blocks < 1:
+            msg = f"embedding_blocks {blocks!r} must be 1 or larger."
             raise ArgumentError(msg)
         self.reductions = nn.ModuleList(reduction(levels[index:]) for index in range(len(levels)))
         width = embedding_channels(levels)

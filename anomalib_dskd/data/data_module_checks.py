@@ -9,7 +9,7 @@ from pandas import DataFrame
 
 from anomalib_dskd.errors import ArgumentError
 
-__all__ = ["as_list", "check_names", "check_seed", "check_val_split_mode", "sample_tables"]
+__all__ = ["as_list", "check_names", "check_seed", "check_val_split_mode", "check_validation_images", "sample_tables"]
 
 
 def as_list(names: str | Path | Sequence[str | Path] | None) -> Sequence[str | Path]:
@@ -41,6 +41,25 @@ def check_names(data: AnomalibDataModule) -> None:
         if path.anchor or ".." in path.parts:
             msg = f"{what} {value!r} of the data would put results outside of their folder. Give a name, not a path."
             raise ArgumentError(msg)
+
+
+def check_validation_images(data: AnomalibDataModule) -> None:
+    """Check that a data module has validation images: anomalib's end in an ``AttributeError`` without.
+
+    Args:
+        data: has been set up.
+
+    Raises:
+        ArgumentError: it has none; the message names ``val_split_mode``.
+    """
+    if len(getattr(data, "val_data", ())):
+        return
+    check_val_split_mode(data.val_split_mode)
+    msg = (
+        f"the validation split of the data is empty, and thresholds need validation images. Give more images, or a "
+        f"larger val_split_ratio than {data.val_split_ratio}."
+    )
+    raise ArgumentError(msg)
 
 
 def check_seed(seed: int) -> None:

@@ -1,13 +1,17 @@
 """8-bit exports of a small model that has learned a little: what they score, and what computes in 8 bits."""
 
+import copy
 from pathlib import Path
+from types import SimpleNamespace
 
 import nncf
 import numpy as np
 import openvino
 import pytest
 import torch
+from anomalib.data import Folder
 from anomalib.deploy import CompressionType
+from sklearn.metrics import f1_score, precision_recall_curve
 
 from anomalib_dskd import Afkd, Dskd, Dtgd, MagneticTile, Tad
 from anomalib_dskd.errors import ArgumentError
@@ -18,6 +22,7 @@ from anomalib_dskd.models.distillation.quantization import (
     map_operations,
     quantize_networks,
 )
+from anomalib_dskd.models.distillation.recalibration import append_post_processor, recalibrated, validation_images
 from tests.conftest import TEACHER, engine
 
 pytestmark = pytest.mark.filterwarnings("ignore")  # the libraries' own, in training and export
@@ -169,6 +174,76 @@ def test_one_odd_image_does_not_coarsen_the_steps_of_the_others(f32, data):
     odd = [np.random.default_rng(0).random((1, 3, *SIZE), dtype=np.float32) * 30]
     errors = [map_error(quantize_networks(f32.clone(), seen), f32, good) for seen in (usual, usual + odd)]
     assert errors[1] < 1.5 * errors[0] < 0.1
+
+
+def best_f1(labels: np.ndarray, scores: np.ndarray) -> float:
+    precision, recall, _ = precision_recall_curve(labels.ravel(), scores.ravel())
+    return float((2 * precision * recall / np.maximum(precision + recall, 1e-9)).max())
+
+
+def test_thresholds_are_those_of_the_quantized_scores(model, int8, data, tmp_path):
+    wrong = copy.deepcopy(model)
+    wrong.post_processor.enable_normalization = True
+    for name, value in wrong.post_processor.named_buffers():
+        if name in {"_image_threshold", "_pixel_threshold", "image_min", "image_max", "pixel_min", "pixel_max"}:
+            value.fill_(100.0)  # nothing of the floating-point model may remain
+    path = wrong.to_openvino(tmp_path, input_size=SIZE, compression_type=CompressionType.INT8_PTQ, datamodule=data)
+    assert wrong.post_processor.image_threshold == 100
+    compiled, raw = (openvino.Core().compile_model(network, "CPU") for network in (path, int8))
+    results = []
+    for image, batch in validation_images(data, wrong.pre_processor, SIZE):
+        found = {port.get_any_name(): value for port, value in compiled(image.numpy()).items()}
+        assert list(found) == ["pred_score", "pred_label", "anomaly_map", "pred_mask"]
+        results.append({**found, "raw": raw(image.numpy()), "label": batch.gt_label.numpy(), "mask": batch.gt_mask})
+    assert len(results) == 12
+    for predicted, score, truth in (("pred_label", "pred_score", "label"), ("pred_mask", "anomaly_map", "mask")):
+        labels = np.concatenate([np.asarray(result[truth]).ravel() for result in results]).astype(bool)
+        scores = np.concatenate([result["raw"][score].ravel() for result in results])
+        found = np.concatenate([result[predicted].ravel() for result in results])
+        assert f1_score(labels, found) == pytest.approx(best_f1(labels, scores), abs=1e-3)
+        lowest = scores[found].min()
+        threshold = (lowest + scores[scores < lowest].max(initial=0)) / 2
+        normalized = np.concatenate([result[score].ravel() for result in results])
+        expected = (scores - threshold) / (scores.max() - scores.min()) + 0.5
+        np.testing.assert_allclose(normalized, expected.clip(0, 1), atol=1e-3)
+
+
+def test_the_floating_point_models_own_thresholds_are_found_again(model, data, tmp_path):
+    given = copy.deepcopy(model)
+    given.post_processor.enable_normalization = True
+    whole = openvino.Core().read_model(given.to_openvino(tmp_path / "whole"))
+    trained_with, given.post_processor = given.post_processor, None
+    network = openvino.Core().read_model(given.to_openvino(tmp_path / "network"))
+    found = recalibrated(trained_with, network, validation_images(data, given.pre_processor, None))
+    for name in ("image_threshold", "pixel_threshold", "image_min", "image_max", "pixel_min", "pixel_max"):
+        # OpenVINO may run in BF16 here
+        assert getattr(found, name).item() == pytest.approx(getattr(trained_with, name).item(), rel=2e-2), name
+    images = np.random.default_rng(0).random((3, 3, 70, 80), dtype=np.float32)
+    again = append_post_processor(network, trained_with)
+    shapes = [[str(port.get_partial_shape()) for port in each.outputs] for each in (whole, again)]
+    assert shapes[0] == shapes[1]
+    expected, result = (openvino.Core().compile_model(each, "CPU", F32)(images) for each in (whole, again))
+    for port in whole.outputs:
+        name = port.get_any_name()
+        assert result[name].dtype == expected[name].dtype
+        np.testing.assert_allclose(result[name], expected[name], atol=1e-5)
+
+
+def test_without_a_post_processor_scores_are_raw_and_no_validation_is_needed(model, data, tmp_path):
+    given = copy.deepcopy(model)
+    given.post_processor = None
+    without = SimpleNamespace(setup=data.setup, train_data=data.train_data)
+    ptq = CompressionType.INT8_PTQ
+    path = given.to_openvino(tmp_path, input_size=SIZE, compression_type=ptq, datamodule=without)
+    assert [port.get_any_name() for port in openvino.Core().read_model(path).outputs] == ["pred_score", "anomaly_map"]
+
+
+def test_quantisation_without_validation_images_is_refused(model, magnetic_tile_root, tmp_path):
+    folder = Folder(
+        "tiles", root=magnetic_tile_root, normal_dir="MT_Free/Imgs", extensions=[".jpg"], val_split_mode="none"
+    )
+    with pytest.raises(ArgumentError, match="val_split_mode 'none' gives no validation images, which thresholds need"):
+        model.to_openvino(tmp_path, compression_type=CompressionType.INT8_PTQ, datamodule=folder)
 
 
 def test_quantisation_without_images_is_refused(model, tmp_path):

@@ -25,6 +25,10 @@ from anomalib_dskd.benchmark.report.tables import (
 
 __all__ = ["ablation_table", "accuracy_tables"]
 
+F1_NOTE = (
+    "Image F1 is that of the best threshold for the test images; at threshold, that of the labels that a model "
+    "predicts by the threshold from its validation."
+)
 LONG_TABLE = 25  # rows above which a table is folded
 
 Item = TypeVar("Item")
@@ -57,7 +61,8 @@ def _summary_table(data: DataSet) -> Table:
             row.extend(cells)
     title = f"Accuracy, means over {categories} categories, %" if categories > 1 else "Accuracy, %"
     paper_note = " ".join(_paper_notes(data, IN_PAPER))
-    return Table(title, columns, rows, notes=[note for note in (_seed_note(data.done), paper_note) if note])
+    notes = [_seed_note(data.done), F1_NOTE, paper_note]
+    return Table(title, columns, rows, notes=[note for note in notes if note])
 
 
 def _category_table(data: DataSet, quantity: Quantity) -> Table:

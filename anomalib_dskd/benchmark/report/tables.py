@@ -15,6 +15,7 @@ __all__ = [
     "AUPRO",
     "COSTS",
     "IMAGE_AUROC",
+    "IMAGE_F1_AT_THRESHOLD",
     "IN_PAPER",
     "MACS",
     "NOT_MEASURED",
@@ -74,6 +75,9 @@ class Quantity:
 
 IMAGE_AUROC = Quantity("metrics.image_AUROC", "image AUROC", scale=100, more_is_better=True)
 IMAGE_F1 = Quantity("metrics.image_F1", "image F1", scale=100, more_is_better=True)
+IMAGE_F1_AT_THRESHOLD = Quantity(
+    "metrics.image_F1_at_threshold", "image F1 at threshold", scale=100, more_is_better=True
+)
 PIXEL_AUROC = Quantity("metrics.pixel_AUROC", "pixel AUROC", scale=100, more_is_better=True)
 AUPRO = Quantity("metrics.AUPRO", "AUPRO", scale=100, more_is_better=True)
 PYTORCH = Quantity("speed.pytorch_ms", "PyTorch, ms")
@@ -82,11 +86,12 @@ MACS = Quantity("cost.macs", "GMAC", scale=1e-9, decimals=2, is_exact=True)
 PARAMETERS = Quantity("cost.parameters", "parameters, M", scale=1e-6, decimals=2, is_exact=True)
 
 IN_PAPER = (IMAGE_AUROC, PIXEL_AUROC, AUPRO)
-ACCURACY = (IMAGE_AUROC, IMAGE_F1, PIXEL_AUROC, AUPRO)
+ACCURACY = (IMAGE_AUROC, IMAGE_F1, IMAGE_F1_AT_THRESHOLD, PIXEL_AUROC, AUPRO)
 COSTS = (
     PYTORCH,
     OPENVINO,
     Quantity("speed.openvino_int8_ms", "OpenVINO INT8, ms"),
+    Quantity("cost.int8_F1_at_threshold", "INT8 image F1 at threshold, %", scale=100, more_is_better=True),
     Quantity("speed.throughput", "throughput, images/s", more_is_better=True),
     MACS,
     PARAMETERS,

@@ -22,6 +22,8 @@ __all__ = ["AtomicCheckpointIO", "install_checkpoint_io", "named_errors", "warn_
 
 logger = logging.getLogger(__name__)
 
+MOST_NAMED = 3  # checkpoints in an error
+
 
 class AtomicCheckpointIO(AnomalibCheckpointIO):
     """Replaces a checkpoint only once the new one is complete on the disk.
@@ -73,10 +75,15 @@ def named_errors(path: str | Path) -> Iterator[None]:
     """Turn torch's errors about an unreadable checkpoint, which advise running the code in it, into one that names it.
 
     Raises:
-        CheckpointError: torch cannot read the file, or refuses to.
+        CheckpointError: the path is a folder, or torch cannot read the file, or refuses to.
     """
     try:
         yield
+    except IsADirectoryError as error:
+        files = sorted(map(str, Path(path).rglob("*.ckpt")))
+        found = f"Checkpoints in it: {', '.join(files[:MOST_NAMED])}" if files else "It contains no .ckpt file"
+        msg = f"the checkpoint '{path}' is a folder. {found}. Give a file, such as results/.../model.ckpt."
+        raise CheckpointError(msg) from error
     except pickle.UnpicklingError as error:
         msg = (
             f"the checkpoint '{path}' is damaged, or holds more than tensors and plain values, such as code, which was "

@@ -75,6 +75,7 @@ class EvaluationMixin(ModuleMixin):
     def on_test_start(self) -> None:
         """Refuse to test before training."""
         self.require_training("test")
+        self.warn_without_thresholds()
 
     def on_predict_start(self) -> None:
         """Refuse to predict before training."""

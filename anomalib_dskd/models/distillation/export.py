@@ -1,19 +1,24 @@
 """Export of trained models to torch, ONNX and OpenVINO, without their training-only components."""
 
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from functools import partial
 from pathlib import Path
-from typing import Any, ClassVar
+from typing import TYPE_CHECKING, Any, ClassVar
 
 from anomalib.data import AnomalibDataModule
 from anomalib.deploy import CompressionType, ExportType
 from anomalib.models.components.base.export_mixin.utils import create_export_root
+from anomalib.post_processing import PostProcessor
 
 from anomalib_dskd.errors import ArgumentError
 from anomalib_dskd.models.distillation.evaluation import EvaluationMixin
 from anomalib_dskd.models.distillation.openvino_files import replace_antialiased_resize, rewrite_file
 from anomalib_dskd.models.distillation.quantization import calibration_images, quantize_networks
+from anomalib_dskd.models.distillation.recalibration import recalibration
+
+if TYPE_CHECKING:
+    import openvino
 
 __all__ = ["ExportMixin"]
 
@@ -64,14 +69,16 @@ class ExportMixin(EvaluationMixin):
             export_root: folder of the results.
             model_file_name: name of the files, without suffix.
             compression_type: none, ``fp16`` and ``int8`` (weights only), or ``int8_ptq`` (activations too).
-            datamodule: training images for ``int8_ptq``.
+            datamodule: training images for ``int8_ptq``, to quantize with, and the validation images of training, from
+                which the quantized model gets its own thresholds and normalization.
             **kwargs: anomalib's, such as ``input_size``.
 
         Returns:
             The model's ``.xml`` file.
 
         Raises:
-            ArgumentError: the file exists, or the compression is not supported or has no images to calibrate on.
+            ArgumentError: the file exists, or the compression is not supported or has no images to calibrate or
+                validate on.
             NotTrainedError: the model has not been trained.
         """
         _check_new(export_root, ExportType.OPENVINO, f"{model_file_name}.xml")
@@ -86,11 +93,23 @@ class ExportMixin(EvaluationMixin):
         if quantize and datamodule is None:
             msg = "compression_type 'int8_ptq' needs training images: give --data and its arguments, or a datamodule."
             raise ArgumentError(msg)
-        path = super().to_openvino(export_root, compression_type=None if quantize else compression_type, **kwargs)
-        rewrite_file(path, replace_antialiased_resize)
-        if datamodule is not None and quantize:
-            images = calibration_images(datamodule, kwargs.get("input_size") or self.input_size)
-            rewrite_file(path, partial(quantize_networks, images=images))
+        if datamodule is None or not quantize:
+            path = super().to_openvino(export_root, compression_type=compression_type, **kwargs)
+            rewrite_file(path, replace_antialiased_resize)
+            return path
+        size = kwargs.get("input_size")
+        changes: list[Callable[[openvino.Model], openvino.Model]] = [
+            replace_antialiased_resize,
+            partial(quantize_networks, images=calibration_images(datamodule, size or self.input_size)),
+        ]
+        excluded = []
+        if isinstance(self.post_processor, PostProcessor):  # with thresholds, which quantization changes
+            changes.append(recalibration(datamodule, self.pre_processor, self.post_processor, size))
+            excluded = ["post_processor"]
+        with self._without(*excluded):
+            path = super().to_openvino(export_root, **kwargs)
+        for change in changes:
+            rewrite_file(path, change)
         return path
 
     @contextmanager

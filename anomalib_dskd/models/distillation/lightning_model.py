@@ -21,7 +21,7 @@ from torch.optim import Optimizer
 
 from anomalib_dskd.components.backbone import check_teacher
 from anomalib_dskd.components.find_weights import find_teacher_weights
-from anomalib_dskd.evaluation import RawScoreEvaluator
+from anomalib_dskd.evaluation import RawScoreEvaluator, check_labels
 from anomalib_dskd.models.distillation.callbacks import (
     CacheTrainingData,
     CheckImageFiles,
@@ -38,6 +38,7 @@ from anomalib_dskd.models.distillation.image_size import DEFAULT_IMAGE_SIZE, res
 from anomalib_dskd.models.distillation.images import check_batch
 from anomalib_dskd.models.distillation.optimization import create_optimizer
 from anomalib_dskd.models.distillation.trainer_checks import (
+    check_callbacks,
     check_last_step,
     check_planned_steps,
     check_trainer,
@@ -174,8 +175,13 @@ class DistillationModule(ExportMixin, CheckpointMixin):
         return True
 
     def configure_callbacks(self) -> list[Callback]:
-        """Return anomalib's callbacks, and those of this package."""
+        """Return anomalib's callbacks, and those of this package.
+
+        Raises:
+            ArgumentError: the Trainer has a callback that is not supported; here, before that callback is set up.
+        """
         if self._trainer is not None:
+            check_callbacks(self.trainer)
             prepare_saved_config(self.trainer)  # here, because the command's own callbacks come first
         options = self.options
         return [
@@ -192,8 +198,13 @@ class DistillationModule(ExportMixin, CheckpointMixin):
         return create_optimizer(self.parameters(), self.options, self._trainer)
 
     def setup(self, stage: str) -> None:
-        """Replace checkpoints atomically; store the weights of a training run channels last."""
+        """Replace checkpoints atomically; store the weights of a training run channels last.
+
+        Raises:
+            ArgumentError: a metric needs labels that the post-processor does not predict.
+        """
         super().setup(stage)
+        check_labels(self.evaluator, self.post_processor)
         install_checkpoint_io(self.trainer)
         if stage == TrainerFn.FITTING:
             # faster on CPUs with BF16 units; before several processes exchange gradients in this memory format
@@ -203,6 +214,7 @@ class DistillationModule(ExportMixin, CheckpointMixin):
     def on_fit_start(self) -> None:
         """Check the Trainer's settings, and load the teacher's weights unless a checkpoint has provided them."""
         check_trainer(self.trainer)
+        self.trainer.num_sanity_val_steps = 0  # as in `trainer_arguments`, which only anomalib's Engine reads
         self.train()  # an earlier export or prediction has left the students in evaluation mode
         if self.model.teacher.weights_origin is None:
             self.load_teacher_weights()

@@ -11,6 +11,7 @@ from typing import TYPE_CHECKING, cast
 import numpy as np
 import torch
 from anomalib.data import AnomalibDataModule
+from lightning.pytorch.trainer.states import TrainerFn
 from numpy.typing import NDArray
 from torch.nn import functional as F  # noqa: N812
 
@@ -116,7 +117,7 @@ def calibration_images(data: AnomalibDataModule, size: tuple[int, int] | None) -
         data: data module with normal training images.
         size: height and width to resize to, as the exported model does; None keeps the size.
     """
-    data.setup("fit")
+    data.setup(TrainerFn.FITTING)  # as a Trainer does, so that a data module that has trained a model keeps its splits
     order = torch.randperm(len(data.train_data), generator=torch.Generator().manual_seed(0))
     pseudo_defects = PseudoDefects(mean=[0.0] * 3, std=[1.0] * 3, seed=0)  # images are not normalized yet
     for number, index in enumerate(order[:CALIBRATION_IMAGES].tolist()):

@@ -1,14 +1,40 @@
 """Checks of the Trainer's settings before and at the start of training."""
 
+import logging
 import math
 
 from lightning import Trainer
-from lightning.pytorch.callbacks import GradientAccumulationScheduler, StochasticWeightAveraging, WeightAveraging
+from lightning.pytorch.callbacks import (
+    BatchSizeFinder,
+    GradientAccumulationScheduler,
+    LearningRateFinder,
+    StochasticWeightAveraging,
+    WeightAveraging,
+)
 
 from anomalib_dskd.errors import ArgumentError
 
-__all__ = ["check_last_step", "check_planned_steps", "check_trainer", "number_of_steps"]
+__all__ = ["check_callbacks", "check_last_step", "check_planned_steps", "check_trainer", "number_of_steps"]
 
+logger = logging.getLogger(__name__)
+
+WEIGHT_AVERAGING = (
+    "its averaged weights would be saved with thresholds of other weights or none, and may count as untrained. Give "
+    "--model.ema_decay 0.99 instead, which averages weights too."
+)
+UNSUPPORTED_CALLBACKS = {
+    BatchSizeFinder: (
+        "it tries batches before the teacher's weights are loaded. Give the batch sizes, such as "
+        "--data.train_batch_size 16."
+    ),
+    LearningRateFinder: (
+        "it trains before the teacher's weights are loaded, and the model would not use the rate that it finds. Give "
+        "--model.learning_rate; the default is the paper's."
+    ),
+    StochasticWeightAveraging: WEIGHT_AVERAGING,
+    WeightAveraging: WEIGHT_AVERAGING,
+}
+"""Lightning's callbacks that lead to an error or to wrong results, and the reason."""
 PRECISIONS = ("32-true", "bf16-mixed", "16-mixed")  # anomalib's batches stay in FP32 under 64-true
 
 
@@ -34,20 +60,30 @@ def number_of_steps(trainer: Trainer) -> int:
     return int(steps)
 
 
+def check_callbacks(trainer: Trainer) -> None:
+    """Raise if one of the Trainer's callbacks is not supported.
+
+    Raises:
+        ArgumentError: the callback, the reason, and what to use instead.
+    """
+    for callback in trainer.callbacks:  # type: ignore[attr-defined]
+        for unsupported, reason in UNSUPPORTED_CALLBACKS.items():
+            if isinstance(callback, unsupported):
+                msg = f"callback {type(callback).__name__} is not supported: {reason}"
+                raise ArgumentError(msg)
+
+
 def check_trainer(trainer: Trainer) -> None:
-    """Raise unless the Trainer's settings lead to a result.
+    """Raise unless the Trainer's settings lead to a result; warn of a training run without thresholds.
 
     Raises:
         ArgumentError: a setting that loses checkpoints, thresholds or precision.
     """
-    for callback in trainer.callbacks:  # type: ignore[attr-defined]
-        if isinstance(callback, (StochasticWeightAveraging, WeightAveraging)):
-            msg = (
-                f"callback {type(callback).__name__}: its averaged weights would be saved with thresholds of other "
-                "weights or none, and may count as untrained. Give --model.ema_decay 0.99 instead, which averages "
-                "weights too."
-            )
-            raise ArgumentError(msg)
+    if not trainer.enable_validation:
+        logger.warning(
+            "there will be no validation, and so no thresholds: scores are not normalized, and there are no labels "
+            "and no F1 scores. Give validation images, and --trainer.limit_val_batches above 0."
+        )
     epochs, interval = trainer.max_epochs or 0, trainer.check_val_every_n_epoch or 1
     if trainer.enable_validation and epochs > 0 and epochs % interval:
         msg = (

@@ -1,6 +1,5 @@
 """Arguments of all models that only training depends on, checked."""
 
-import math
 from collections.abc import Mapping
 from dataclasses import dataclass, fields
 from pathlib import Path
@@ -8,7 +7,7 @@ from typing import Any, Literal
 
 from typing_extensions import Self
 
-from anomalib_dskd.argument_checks import check_choice, check_not_negative
+from anomalib_dskd.argument_checks import check_choice, check_not_negative, is_number
 from anomalib_dskd.errors import ArgumentError
 
 __all__ = ["TRAINING_ONLY", "Schedule", "TrainingOptions"]
@@ -49,25 +48,26 @@ class TrainingOptions:
         check_not_negative(
             weight_decay=self.weight_decay, teacher_cache=self.teacher_cache, image_cache=self.image_cache
         )
-        if not (math.isfinite(self.learning_rate) and self.learning_rate > 0):
+        if not (is_number(self.learning_rate) and self.learning_rate > 0):
             msg = f"learning_rate {self.learning_rate!r} must be a finite number larger than 0."
             raise ArgumentError(msg)
-        if len(self.betas) != 2 or not all(0 <= beta < 1 for beta in self.betas):  # noqa: PLR2004 - Adam has two
+        betas = self.betas if isinstance(self.betas, (list, tuple)) else ()
+        if len(betas) != 2 or not all(is_number(beta) and 0 <= beta < 1 for beta in betas):  # noqa: PLR2004 - of Adam
             msg = f"betas {self.betas!r} must be two numbers from 0 up to, not including, 1."
             raise ArgumentError(msg)
-        if self.seed is not None and not (isinstance(self.seed, int) and 0 <= self.seed <= LARGEST_SEED):
+        if self.seed is not None and not (type(self.seed) is int and 0 <= self.seed <= LARGEST_SEED):
             msg = f"seed {self.seed!r} must be a whole number from 0 to {LARGEST_SEED}, or none for a random one."
             raise ArgumentError(msg)
         self._check_averaging()
 
     def _check_averaging(self) -> None:
-        if not (isinstance(self.batch_norm_images, int) and self.batch_norm_images >= 0):
+        if not (type(self.batch_norm_images) is int and self.batch_norm_images >= 0):
             msg = (
                 f"batch_norm_images {self.batch_norm_images!r} must be a whole number of images, or 0 for running "
                 "averages."
             )
             raise ArgumentError(msg)
-        if not 0 <= self.ema_decay < 1:
+        if not (is_number(self.ema_decay) and 0 <= self.ema_decay < 1):
             msg = f"ema_decay {self.ema_decay!r} must be a number from 0, for no average, up to, not including, 1."
             raise ArgumentError(msg)
         if self.ema_decay > 0 and self.batch_norm_images == 0:

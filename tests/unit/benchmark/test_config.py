@@ -14,6 +14,7 @@ CONFIGS = Path(__file__).parents[3] / "configs" / "benchmark"
 
 TILES = DatasetSpec({"class_path": "anomalib_dskd.MagneticTile", "init_args": {"root": "tiles"}}, image_size=128)
 MVTEC = DatasetSpec({"class_path": "anomalib.data.MVTecAD"}, categories=["screw", "wood"])
+PARTS = DatasetSpec({"class_path": "anomalib.data.Folder", "init_args": {"name": "parts", "normal_dir": "good"}})
 DSKD = ModelSpec({"class_path": "anomalib_dskd.Dskd"}, name="DSKD")
 STFPM = ModelSpec({"class_path": "anomalib.models.Stfpm"})
 PADIM = ModelSpec({"class_path": "anomalib.models.Padim"}, epochs=7)
@@ -35,6 +36,12 @@ def test_jobs_are_all_combinations_with_seeds_outermost():
     assert {job.seed for job in jobs[:9]} == {0}
     assert [job.image_size for job in jobs[2:4]] == [(128, 128), (256, 256)]
     assert jobs[0].data_init_args == {"root": "tiles"}
+
+
+def test_data_sets_of_one_class_have_the_names_of_their_arguments():
+    folders = [DatasetSpec({"class_path": "anomalib.data.Folder", "init_args": {"name": name}}) for name in "ab"]
+    jobs = expand(config(models=[PADIM], datasets=[*folders, dataclasses.replace(PARTS, name="screws"), TILES]))
+    assert [job.data for job in jobs[:4]] == ["a", "b", "screws", "MagneticTile"]
 
 
 def test_epochs_have_a_source():
@@ -103,7 +110,8 @@ def test_the_id_of_a_job_depends_on_all_its_values():
     [
         ({"models": []}, "models is empty"),
         ({"datasets": []}, "datasets is empty"),
-        ({"models": [STFPM, STFPM]}, "models Stfpm given more than once: give each a `name`"),
+        ({"models": [STFPM, STFPM]}, "models Stfpm given more than once. Give each entry .* same level as `model`"),
+        ({"datasets": [PARTS, PARTS]}, "datasets parts given more than once. Give each entry .* same level as `data`"),
         ({"seeds": []}, r"seeds \[\] must be one or more different"),
         ({"seeds": [1, 1]}, r"seeds \[1, 1\]"),
         ({"epochs": 0}, "epochs 0 must be 1 or larger"),

@@ -3,10 +3,20 @@ from types import SimpleNamespace
 import numpy as np
 import pytest
 import torch
+from anomalib.data import InferenceBatch
+from anomalib.post_processing import MEBinPostProcessor, PostProcessor
 from sklearn.metrics import f1_score, roc_auc_score
+from torch import nn
 
-from anomalib_dskd.benchmark.predictions import Predictions, ScoreRecorder, compute_metrics, compute_metrics_by_class
+from anomalib_dskd.benchmark.predictions import (
+    Predictions,
+    ScoreRecorder,
+    compute_metrics,
+    compute_metrics_by_class,
+    predict_labels,
+)
 from anomalib_dskd.errors import DskdError
+from anomalib_dskd.post_processing import NormalQuantilePostProcessor
 from tests.conftest import plain_aupro
 
 
@@ -35,6 +45,43 @@ def test_metrics_equal_those_of_scikit_learn_on_raw_values():
     pixels = roc_auc_score(given.masks.ravel(), given.maps.ravel())
     assert result["pixel_AUROC"] == pytest.approx(pixels, abs=1e-5)
     assert result["AUPRO"] == pytest.approx(plain_aupro(given.maps, given.masks), abs=1e-3)
+
+
+def test_f1_at_the_threshold_is_that_of_the_predicted_labels():
+    given = predictions()
+    predicted = (given.scores > np.median(given.scores) * 1.2).astype(int)
+    result = compute_metrics(Predictions(**{**vars(given), "predicted_labels": predicted}))
+    assert result["image_F1_at_threshold"] == pytest.approx(f1_score(given.labels, predicted), abs=1e-6)
+    assert result["image_F1_at_threshold"] < result["image_F1"] - 0.01
+    of_cracks = compute_metrics_by_class(Predictions(**{**vars(given), "predicted_labels": predicted}))["crack"]
+    chosen = [*range(6), 6, 7]
+    expected = f1_score(given.labels[chosen], predicted[chosen])
+    assert of_cracks["image_F1_at_threshold"] == pytest.approx(expected, abs=1e-6)
+    assert compute_metrics(given)["image_F1_at_threshold"] is None
+
+
+@pytest.mark.parametrize("kind", [PostProcessor, NormalQuantilePostProcessor, MEBinPostProcessor])
+def test_labels_are_those_of_the_post_processor(kind):
+    scores, post_processor = predictions().scores, kind()
+    post_processor._image_threshold.fill_(200.0)
+    post_processor.image_min.fill_(100.0)
+    post_processor.image_max.fill_(300.0)
+    assert predict_labels(post_processor, scores).tolist() == (scores > 200).tolist()
+    post_processor.image_sensitivity = 0.75
+    assert predict_labels(post_processor, scores).tolist() == (scores > 150).tolist()
+    direct = post_processor(
+        InferenceBatch(pred_score=torch.from_numpy(scores)[:, None], anomaly_map=torch.rand(12, 1, 8, 8))
+    )
+    assert predict_labels(post_processor, scores).tolist() == direct.pred_label.flatten().tolist()
+
+
+@pytest.mark.parametrize(
+    "post_processor",
+    [None, PostProcessor(), PostProcessor(enable_thresholding=False), nn.Identity()],
+    ids=["none", "no validation", "disabled", "unknown"],
+)
+def test_without_a_threshold_there_are_no_labels(post_processor):
+    assert predict_labels(post_processor, predictions().scores) is None
 
 
 def test_metrics_do_not_depend_on_the_models_scale():

@@ -1,17 +1,20 @@
 import dataclasses
 import multiprocessing
+from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
 
 import numpy as np
+import pandas as pd
 import pytest
 import timm
 import torch
 from anomalib import LearningType
+from anomalib.data import Folder
 from anomalib.models.components import AnomalibModule
 from anomalib.pre_processing import PreProcessor
 from PIL import Image
-from sklearn.metrics import roc_auc_score
+from sklearn.metrics import f1_score, roc_auc_score
 from torchvision.transforms.v2 import CenterCrop, Compose, Normalize, Resize
 
 from anomalib_dskd import Dskd, Tad
@@ -67,20 +70,20 @@ def test_a_measurement_that_fails_becomes_a_note(job, monkeypatch):
 
 
 def test_openvino_measurements_are_part_of_the_result(job, monkeypatch):
-    result = {"milliseconds": 3.0, "throughput": 400.0, "batch": 4, "mib": 80.0}
+    result = {"milliseconds": 3.0, "throughput": 400.0, "batch": 4, "mib": 80.0, "label_f1": 0.75}
     monkeypatch.setattr(run_job, "measure_cost", lambda *_: {})
     monkeypatch.setattr(run_job, "measure_pytorch", lambda *_, **__: 2.5)
     monkeypatch.setattr(run_job, "measure_openvino", lambda *_, **__: result)
-    job = dataclasses.replace(job, measure=Measurements(speed=True, int8=False, seconds=1))
+    job = dataclasses.replace(job, measure=Measurements(speed=True, int8=True, seconds=1))
     speed, cost, notes = run_job._measure(job, None, None, Cost())
     assert vars(speed) == {
         "pytorch_ms": 2.5,
         "openvino_ms": 3.0,
-        "openvino_int8_ms": None,
+        "openvino_int8_ms": 3.0,
         "throughput": 400.0,
         "throughput_batch": 4,
     }
-    assert cost.export_mib == 80.0
+    assert (cost.export_mib, cost.int8_F1_at_threshold) == (80.0, 0.75)
     assert notes == []
 
 
@@ -240,6 +243,29 @@ def test_a_shared_training_run_gives_the_same_results_as_a_separate_one(argument
     assert np.abs(maps["shared"] - maps["first"]).max() > 5e-3
 
 
+def test_kinds_of_defects_of_a_folder_are_the_names_of_their_folders(tmp_path):
+    for name in ("good", "bad/crack", "bad/scratch"):
+        (tmp_path / name).mkdir(parents=True)
+        Image.new("L", (8, 8)).save(tmp_path / name / "0.png")
+    data = Folder(
+        "parts",
+        root=tmp_path,
+        normal_dir="good",
+        abnormal_dir=["bad/crack", "bad/scratch"],
+        val_split_mode="same_as_test",
+    )
+    data.setup()
+    kinds = run_job.kinds_of_defects(data.test_data.samples)
+    defects = {Path(path).parent.name: kind for path, kind in kinds.items() if "bad" in path}
+    assert defects == {"crack": "crack", "scratch": "scratch"}
+
+
+def test_kinds_of_defects_are_the_labels_of_the_data_set():
+    samples = pd.DataFrame({"image_path": ["test/a/0.png", "test/b/1.png"], "label": ["broken", "good"]})
+    assert run_job.kinds_of_defects(samples) == {"test/a/0.png": "broken", "test/b/1.png": "good"}
+    assert set(run_job.kinds_of_defects(samples[["image_path"]]).values()) == {""}
+
+
 @pytest.mark.parametrize(
     ("kind", "arguments"),
     [("Afkd", {"fusion": "equal"}), ("Dtgd", {"gate": False}), ("Tad", {"assistant": "test_efficientnet"})],
@@ -251,7 +277,9 @@ def test_metrics_of_the_sibling_models_are_computed(kind, arguments, tiny_job, t
     assert (result.status, result.training.epochs, result.notes) == ("done", 2, [])
     with np.load(tmp_path / "predictions.npz") as archive:
         expected = roc_auc_score(archive["labels"], archive["scores"])
+        predicted = f1_score(archive["labels"], archive["predicted_labels"])
     assert result.metrics.image_AUROC == pytest.approx(expected, abs=1e-4)
+    assert result.metrics.image_F1_at_threshold == pytest.approx(predicted, abs=1e-6)
     assert [weights.name for weights in result.weights] == [TEACHER.partition(".")[0]]
 
 

@@ -6,8 +6,10 @@ import numpy as np
 import openvino
 import pytest
 import torch
+from sklearn.metrics import f1_score
 
 from anomalib_dskd import Dskd
+from anomalib_dskd.benchmark.export_accuracy import exported_f1
 from anomalib_dskd.benchmark.speed import measure_cost, measure_openvino, peak_memory_mib
 from anomalib_dskd.errors import DskdError
 
@@ -45,6 +47,32 @@ def test_openvino_is_measured_in_a_separate_process(monkeypatch):
     assert measured["milliseconds"] > 0
     assert measured["throughput"] > 0
     assert 0 < measured["mib"] < 1
+    assert measured["label_f1"] is None
+
+
+def bright_images(folder: Path, *, name: str) -> Path:
+    """An exported model that labels images of a mean above 0.5."""
+    image = openvino.opset13.parameter([-1, 3, 16, 24], np.float32)
+    mean = openvino.opset13.reduce_mean(image, np.array([1, 2, 3]))
+    network = openvino.Model([openvino.opset13.greater(mean, np.float32(0.5))], [image])
+    network.outputs[0].get_tensor().set_names({name})
+    openvino.save_model(network, folder / "model.xml")
+    return folder / "model.xml"
+
+
+def test_f1_of_an_export_is_that_of_its_labels(tmp_path):
+    brightness = [0.1, 0.8, 0.6, 0.3, 0.9]
+    truth = [False, True, False, True, True]
+    items = [
+        SimpleNamespace(image=torch.full((3, 20, 20), mean), gt_label=torch.tensor(label))
+        for mean, label in zip(brightness, truth, strict=True)
+    ]
+    data = SimpleNamespace(test_data=items)
+    expected = f1_score(truth, np.array(brightness) > 0.5)
+    assert exported_f1(bright_images(tmp_path, name="pred_label"), data, (16, 24)) == pytest.approx(expected)
+    assert exported_f1(bright_images(tmp_path, name="pred_score"), data, (16, 24)) is None
+    data.test_data = items[:1]
+    assert exported_f1(bright_images(tmp_path, name="pred_label"), data, (16, 24)) is None
 
 
 def test_a_model_that_openvino_cannot_run_is_an_error():

@@ -12,13 +12,20 @@ import torch
 from anomalib.models import get_model, list_models
 from anomalib.models.components import AnomalibModule
 from jsonargparse import ArgumentParser
-from lightning import Callback
-from lightning.pytorch.callbacks import EMAWeightAveraging, StochasticWeightAveraging, WeightAveraging
+from lightning import Callback, Trainer
+from lightning.pytorch.callbacks import (
+    BatchSizeFinder,
+    EMAWeightAveraging,
+    LearningRateFinder,
+    StochasticWeightAveraging,
+    WeightAveraging,
+)
 from torchvision.transforms.v2 import RandomHorizontalFlip, Transform
 
 from anomalib_dskd import Afkd, Dskd, Dtgd, MagneticTile, Tad
 from anomalib_dskd.components.teacher import Teacher
 from anomalib_dskd.errors import ArgumentError, NotTrainedError
+from anomalib_dskd.models.distillation import lightning_model
 from anomalib_dskd.models.distillation.callbacks import EvaluationWeights
 from anomalib_dskd.models.distillation.lightning_model import DistillationModule
 from anomalib_dskd.models.distillation.resuming import constructor_defaults
@@ -325,20 +332,42 @@ def test_batch_norm_and_thresholds_are_those_of_the_averaged_weights(magnetic_ti
     ids=lambda callback: type(callback).__name__,
 )
 def test_lightnings_averages_are_refused(kind, callback, magnetic_tile_root, tmp_path):
-    message = f"callback {type(callback).__name__}: .* Give --model.ema_decay 0.99 instead"
+    message = f"callback {type(callback).__name__} is not supported: .* Give --model.ema_decay 0.99 instead"
     with pytest.raises(ArgumentError, match=message):
         fit(build(kind, None), magnetic_tile_root, tmp_path, callbacks=[callback])
 
 
-class Unrefused(Dskd):
-    """A model that leaves it to Lightning's callback to average."""
+@every_model
+@pytest.mark.parametrize(
+    ("callback", "advice"),
+    [
+        (LearningRateFinder(num_training_steps=4), "Give --model.learning_rate"),
+        (BatchSizeFinder(max_trials=2), "Give the batch sizes, such as --data.train_batch_size 16"),
+        (BatchSizeFinder(batch_arg_name="train_batch_size"), "Give the batch sizes"),
+    ],
+    ids=["learning rate", "batch size", "named batch size"],
+)
+def test_lightnings_finders_are_refused(kind, callback, advice, magnetic_tile_root, tmp_path):
+    message = f"callback {type(callback).__name__} is not supported: .* {advice}"
+    with pytest.raises(ArgumentError, match=message):
+        fit(build(kind, None), magnetic_tile_root, tmp_path, callbacks=[callback])
 
-    def on_fit_start(self) -> None:
-        self.load_teacher_weights()
+
+@every_model
+def test_a_plain_trainer_trains_the_same_model_as_anomalibs_engine(kind, magnetic_tile_root, teacher_weights, tmp_path):
+    expected = fit(build(kind, teacher_weights), magnetic_tile_root, tmp_path / "engine").state_dict()
+    model = build(kind, teacher_weights)
+    quiet = {"logger": False, "enable_progress_bar": False, "enable_model_summary": False}
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")
+        trainer = Trainer(max_epochs=2, accelerator="cpu", default_root_dir=tmp_path / "plain", **quiet)
+        trainer.fit(model, datamodule=MagneticTile(magnetic_tile_root, train_batch_size=4))
+    assert not differing(expected, model.state_dict())
 
 
-def test_lightnings_average_still_has_no_thresholds(magnetic_tile_root, teacher_weights, tmp_path):
-    fit(build(Unrefused, teacher_weights), magnetic_tile_root, tmp_path, callbacks=[EMAWeightAveraging()])
+def test_lightnings_average_still_has_no_thresholds(magnetic_tile_root, teacher_weights, tmp_path, monkeypatch):
+    monkeypatch.setattr(lightning_model, "check_callbacks", lambda _: None)
+    fit(build(Dskd, teacher_weights), magnetic_tile_root, tmp_path, callbacks=[EMAWeightAveraging()])
     saved = torch.load(next(tmp_path.rglob("model.ckpt")), weights_only=False)["state_dict"]
     assert saved["post_processor._image_threshold"].isnan()  # else the refusal is no longer needed
     assert not saved["model._extra_state"]["is_trained"]
@@ -507,6 +536,15 @@ def test_two_trainings_with_one_seed_give_the_same_weights(kind, magnetic_tile_r
         ({"teacher": "resnet_18"}, "teacher 'resnet_18' is not a timm model. Did you mean .*'resnet18'"),
         ({"layers": [3, 4, 5]}, r"layers \[3, 4, 5\] do not fit teacher .* indices from 0 to 4"),
         ({"sigma": -1.0}, "sigma -1.0 must be a finite number, 0 or larger"),
+        ({"sigma": "4"}, "sigma '4' must be a finite number, 0 or larger"),
+        ({"teacher": 18}, "teacher 18 is not a timm model"),
+        ({"layers": 2}, "layers 2 must be a list of whole numbers"),
+        ({"layers": [1.0, 2]}, r"layers \[1.0, 2\] must be a list of whole numbers"),
+        ({"learning_rate": "0.1"}, "learning_rate '0.1' must be a finite number larger than 0"),
+        ({"betas": 0.5}, "betas 0.5 must be two numbers"),
+        ({"ema_decay": None}, "ema_decay None must be a number from 0"),
+        ({"seed": True}, "seed True must be a whole number"),
+        ({"batch_norm_images": True}, "batch_norm_images True must be a whole number of images"),
         ({"weight_decay": -1.0}, "weight_decay -1.0"),
         ({"learning_rate": 0.0}, "learning_rate 0.0 must be a finite number larger than 0"),
         ({"betas": (0.5, 1.0)}, r"betas \(0.5, 1.0\) must be two numbers"),
@@ -517,6 +555,13 @@ def test_two_trainings_with_one_seed_give_the_same_weights(kind, magnetic_tile_r
         ({"ema_decay": float("nan")}, "ema_decay nan must be a number from 0"),
         ({"ema_decay": 0.9, "batch_norm_images": 0}, "ema_decay 0.9 with batch_norm_images 0: .* such as 256"),
         ({"image_size": 16}, "images of 16x16 pixels are too small"),
+        (
+            {"image_size": 64.0},
+            "image_size 64.0 must be one number of pixels, or height and width, each a whole number",
+        ),
+        ({"image_size": "64"}, "image_size '64' must be one number of pixels"),
+        ({"image_size": (64, 64.0)}, r"image_size \(64, 64.0\) must be one number of pixels"),
+        ({"image_size": True}, "image_size True must be one number of pixels"),
         ({"image_size": (64, 0)}, r"image_size \(64, 0\) must be one number of pixels, or height and width"),
         ({"pre_processor": False}, "image_size and pre_processor exclude each other"),
     ],
@@ -530,6 +575,7 @@ def test_illegal_arguments_of_all_say_what_is_legal(kind, arguments, message):
     ("kind", "arguments", "message"),
     [
         (Afkd, {"fusion": "mean"}, "fusion 'mean' is not supported. Supported values: 'learned', 'equal'"),
+        (Dtgd, {"embedding_blocks": 1.5}, "embedding_blocks 1.5 must be 1 or larger"),
         (Afkd, {"embedding_blocks": 0}, "embedding_blocks 0 must be 1 or larger"),
         (Dtgd, {"embedding_blocks": 0}, "embedding_blocks 0 must be 1 or larger"),
         (Dtgd, {"margin": 1.0}, "margin 1.0 must be a cosine from -1 up to, not including, 1"),

@@ -8,7 +8,7 @@ from lightning import Callback, LightningModule, Trainer
 from lightning.pytorch.trainer.states import TrainerFn
 
 from anomalib_dskd.data.anomalib_files import name_files_in_workers
-from anomalib_dskd.data.data_module_checks import check_names
+from anomalib_dskd.data.data_module_checks import check_names, check_validation_images
 from anomalib_dskd.data.image_files import check_data_files, check_headers, dataset_paths
 from anomalib_dskd.data.links import check_data_links
 from anomalib_dskd.data.mask_pairs import check_mask_pairs
@@ -29,10 +29,10 @@ class CheckImageFiles(Callback):
     """Refuses files that would be misread, left out, paired wrongly or overwritten, or that are not safe to decode."""
 
     def setup(self, trainer: Trainer, pl_module: LightningModule, stage: str) -> None:  # noqa: ARG002
-        """Check the data module's names, links and pairs, and the headers of the images that this stage reads.
+        """Check the data module's names, links, pairs and validation images, and the headers that this stage reads.
 
         Raises:
-            ArgumentError: a name that leads out of the folder of results.
+            ArgumentError: a name that leads out of the folder of results, or no validation images.
             DataError: images that are not supported, would be left out, or have another image's mask; with their files.
         """
         data = getattr(trainer, "datamodule", None)
@@ -41,6 +41,8 @@ class CheckImageFiles(Callback):
             check_data_links(data)
             check_mask_pairs(data)
             splits = SPLITS[TrainerFn(stage)]
+            if "val" in splits and trainer.limit_val_batches:
+                check_validation_images(data)
             check_data_files(data, splits)
             for split in splits:
                 name_files_in_workers(getattr(data, f"{split}_data", None))

@@ -13,7 +13,7 @@ from lightning import Trainer
 from lightning.pytorch.callbacks import ModelCheckpoint as LightningCheckpoint
 from lightning.pytorch.plugins.io import AsyncCheckpointIO, TorchCheckpointIO
 
-from anomalib_dskd import MagneticTile
+from anomalib_dskd import Dskd, MagneticTile
 from anomalib_dskd.errors import CheckpointError
 from anomalib_dskd.models.distillation.checkpoint_io import (
     AtomicCheckpointIO,
@@ -64,6 +64,18 @@ def test_a_folder_that_cannot_be_made_is_named(tmp_path):
     (tmp_path / "file").touch()
     with pytest.raises(CheckpointError, match=r"file/model.ckpt' .*written: .*There is no previous one"):
         AtomicCheckpointIO().save_checkpoint({"epoch": 1}, tmp_path / "file" / "model.ckpt")
+
+
+def test_a_folder_in_place_of_a_checkpoint_is_an_error_that_names_the_checkpoints_in_it(tmp_path):
+    load = (AtomicCheckpointIO().load_checkpoint, Dskd.load_from_checkpoint)
+    for method in load:
+        with pytest.raises(CheckpointError, match="' is a folder. It contains no .ckpt file. Give a file"):
+            method(tmp_path)
+    (tmp_path / "v0").mkdir()
+    (tmp_path / "v0" / "model.ckpt").touch()
+    for method in load:
+        with pytest.raises(CheckpointError, match=r"' is a folder. Checkpoints in it: .*v0/model.ckpt. Give a file"):
+            method(tmp_path)
 
 
 def test_addresses_are_left_to_lightning(tmp_path):
