@@ -1,7 +1,7 @@
 """Anomaly map and image score from feature discrepancies (DSKD, section 3.3, Eq. 8 to 10)."""
 
 from collections.abc import Sequence
-from contextlib import nullcontext
+from contextlib import AbstractContextManager, nullcontext
 
 import torch
 from anomalib.models.components import GaussianBlur2d
@@ -77,16 +77,27 @@ class AnomalyMapGenerator(nn.Module):
 
     def forward(self, first: Sequence[Tensor], second: Sequence[Tensor], size: tuple[int, int]) -> Tensor:
         """Map two pyramids, each one ``(B, C_k, H_k, W_k)`` per level, to a map ``(B, 1, H, W)`` in FP32."""
-        device = first[0].device.type
-        # autocast would blur in BF16, whose rounding steps are as large as the differences between scores
-        autocast = torch.autocast(device, enabled=False) if torch.is_autocast_enabled(device) else nullcontext()
-        with autocast:
+        return self.smooth(self.sum(first, second, size))
+
+    def sum(self, first: Sequence[Tensor], second: Sequence[Tensor], size: tuple[int, int]) -> Tensor:
+        """Return the map before the blur, Eq. (8)."""
+        with _without_autocast(first[0].device.type):
             maps = [discrepancy(a, b, l2_weight=self.l2_weight) for a, b in zip(first, second, strict=True)]
             if self.context_weight > 0:
                 context = pooled_discrepancy(first[-1], second[-1], l2_weight=self.l2_weight, size=CONTEXT)
                 maps.append(self.context_weight * context)
-            smooth: Tensor = self.blur(sum_of_levels(maps, size))
+            return sum_of_levels(maps, size)
+
+    def smooth(self, summed: Tensor) -> Tensor:
+        """Return the blurred map, Eq. (9)."""
+        with _without_autocast(summed.device.type):
+            smooth: Tensor = self.blur(summed)
         return smooth
+
+
+def _without_autocast(device: str) -> AbstractContextManager[object]:
+    """Return a context in FP32: BF16 rounds in steps as large as the differences between scores."""
+    return torch.autocast(device, enabled=False) if torch.is_autocast_enabled(device) else nullcontext()
 
 
 def _separable_blur(sigma: float, size: int) -> nn.Sequential:

@@ -37,6 +37,7 @@ from anomalib_dskd.models.distillation.export import ExportMixin
 from anomalib_dskd.models.distillation.image_size import DEFAULT_IMAGE_SIZE, resolve_pre_processor
 from anomalib_dskd.models.distillation.images import check_batch
 from anomalib_dskd.models.distillation.optimization import create_optimizer
+from anomalib_dskd.models.distillation.tiling import complete_stride
 from anomalib_dskd.models.distillation.trainer_checks import (
     check_callbacks,
     check_last_step,
@@ -44,7 +45,7 @@ from anomalib_dskd.models.distillation.trainer_checks import (
     check_trainer,
     number_of_steps,
 )
-from anomalib_dskd.models.distillation.training_loader import channels_last
+from anomalib_dskd.models.distillation.training_loader import prepare_batch
 from anomalib_dskd.models.distillation.training_options import Schedule, TrainingOptions
 from anomalib_dskd.post_processing import NormalQuantilePostProcessor
 from anomalib_dskd.pre_processing import create_pre_processor
@@ -146,8 +147,16 @@ class DistillationModule(ExportMixin, CheckpointMixin):
             "context_weight": context_weight,
         }
 
+    @property
+    def network_size(self) -> tuple[int, int] | None:
+        """Height and width of what the networks see, tiles or images, if they are known."""
+        tiler = self.model.tiler
+        return self.input_size if tiler is None else (tiler.tile_size_h, tiler.tile_size_w)
+
     def check_image_size(self) -> None:
-        """Check the image size, if it is known, against the networks: the last step of a model's constructor.
+        """Check the size of images, if it is known, or of their tiles, against the networks.
+
+        The last step of a model's constructor, and the first of training.
 
         Raises:
             ArgumentError: the networks do not support it.
@@ -182,6 +191,7 @@ class DistillationModule(ExportMixin, CheckpointMixin):
         """
         if self._trainer is not None:
             check_callbacks(self.trainer)
+            complete_stride(self.trainer)
             prepare_saved_config(self.trainer)  # here, because the command's own callbacks come first
         options = self.options
         return [
@@ -214,6 +224,7 @@ class DistillationModule(ExportMixin, CheckpointMixin):
     def on_fit_start(self) -> None:
         """Check the Trainer's settings, and load the teacher's weights unless a checkpoint has provided them."""
         check_trainer(self.trainer)
+        self.check_image_size()  # again, for the tiles of a callback
         self.trainer.num_sanity_val_steps = 0  # as in `trainer_arguments`, which only anomalib's Engine reads
         self.train()  # an earlier export or prediction has left the students in evaluation mode
         if self.model.teacher.weights_origin is None:
@@ -244,7 +255,7 @@ class DistillationModule(ExportMixin, CheckpointMixin):
             DivergedError: the loss is not finite.
         """
         check_batch(batch)
-        losses = self.compute_losses(channels_last(batch))
+        losses = self.compute_losses(prepare_batch(batch, self.model.tiler))
         total = torch.stack(list(losses.values())).sum()
         check_loss(self._trainer, total, batch, batch_idx)
         log = partial(self.log, on_step=False, on_epoch=True, batch_size=batch.batch_size, sync_dist=True)

@@ -6,11 +6,13 @@ from typing import Any
 
 import torch
 from anomalib.data import InferenceBatch
+from anomalib.data.utils.tiler import Tiler
 from torch import Tensor, nn
 
 from anomalib_dskd.components.anomaly_map import AnomalyMapGenerator, anomaly_score
 from anomalib_dskd.components.teacher import Teacher
 from anomalib_dskd.errors import ArgumentError
+from anomalib_dskd.models.distillation.tiling import create_tiler, map_tiles, tiler_settings
 from anomalib_dskd.training.feature_cache import FeatureCache
 
 __all__ = ["DistillationModel", "Pyramid"]
@@ -48,6 +50,8 @@ class DistillationModel(nn.Module):
         super().__init__()
         self.is_trained = False
         self.teacher = Teacher(teacher, layers)
+        self.tiler: Tiler | None = None
+        """Set by anomalib's ``TilerConfigurationCallback`` or a checkpoint, to compute maps of tiles of the images."""
         self.teacher_cache: FeatureCache | None = None
         """Set in training, to run the teacher once per image instead of once per image and epoch."""
         self.anomaly_map_generator = AnomalyMapGenerator(
@@ -109,20 +113,35 @@ class DistillationModel(nn.Module):
         if self.training:
             teacher = self.teacher_features(images)
             return teacher, self.student_features(images, teacher)
-        first, second = self.compared_pyramids(images)
-        anomaly_map = self.anomaly_map_generator(
-            [first[level] for level in self.map_levels],
-            [second[level] for level in self.map_levels],
-            images.shape[-2:],
-        )
+        tiler = self.tiler
+        summed = self._summed_map(images) if tiler is None else map_tiles(images, tiler, self._summed_map)
+        anomaly_map = self.anomaly_map_generator.smooth(summed)
         return InferenceBatch(pred_score=anomaly_score(anomaly_map), anomaly_map=anomaly_map)
+
+    def _summed_map(self, images: Tensor) -> Tensor:
+        first, second = self.compared_pyramids(images)
+        levels = self.map_levels
+        height, width = images.shape[-2:]
+        pyramids = [first[k] for k in levels], [second[k] for k in levels]
+        return self.anomaly_map_generator.sum(*pyramids, (height, width))
 
     def check_size(self, height: int, width: int) -> None:
         """Raise unless the networks and the blur can work on images of this size.
 
+        With a tiler, its tiles have to be of such a size, and the images no smaller.
+
         Raises:
             ArgumentError: too small, or another size than the only one that the teacher supports.
         """
+        if self.tiler is not None:
+            tile = (self.tiler.tile_size_h, self.tiler.tile_size_w)
+            if height < tile[0] or width < tile[1]:
+                msg = (
+                    f"images of {height}x{width} pixels are smaller than tiles of {tile[0]}x{tile[1]}. Give a larger "
+                    "image_size, or a smaller tile_size of TilerConfigurationCallback."
+                )
+                raise ArgumentError(msg)
+            height, width = tile
         backbone = self.teacher.backbone
         if backbone.fixed_size is not None and backbone.fixed_size != (height, width):
             msg = (
@@ -138,9 +157,14 @@ class DistillationModel(nn.Module):
             raise ArgumentError(msg)
 
     def get_extra_state(self) -> dict[str, Any]:
-        """Return what a checkpoint stores in addition to tensors: whether the students have been trained."""
-        return {"is_trained": self.is_trained}
+        """Return what a checkpoint stores besides tensors: whether the students are trained, and on which tiles."""
+        return {"is_trained": self.is_trained, "tiler": tiler_settings(self.tiler)}
 
     def set_extra_state(self, state: dict[str, Any]) -> None:
-        """Restore whether the students have been trained."""
+        """Restore whether the students have been trained, and on which tiles.
+
+        Raises:
+            ArgumentError: a tiler has been set, and the checkpoint's is another.
+        """
         self.is_trained = state["is_trained"]
+        self.tiler = create_tiler(state.get("tiler"), self.tiler)  # 0.2.0 had no tiling

@@ -6,18 +6,20 @@ from typing import TYPE_CHECKING, Any, cast
 
 import torch
 from anomalib.data import ImageBatch
+from anomalib.data.utils.tiler import Tiler
 from anomalib.pre_processing import PreProcessor
 from lightning import Trainer
 from torch import nn
 from torch.utils.data import DataLoader
 
 from anomalib_dskd.errors import DataError
+from anomalib_dskd.models.distillation.tiling import random_tiles
 from anomalib_dskd.training.batch_norm import reestimated_statistics
 
 if TYPE_CHECKING:
     from anomalib_dskd.models.distillation.lightning_model import DistillationModule
 
-__all__ = ["channels_last", "estimate_batch_norm", "number_of_images", "training_loader"]
+__all__ = ["estimate_batch_norm", "number_of_images", "prepare_batch", "training_loader"]
 
 
 def training_loader(trainer: Trainer) -> DataLoader[Any]:
@@ -38,9 +40,15 @@ def number_of_images(loader: DataLoader[Any]) -> int:
     return len(cast("Sized", loader.dataset))
 
 
-def channels_last(batch: ImageBatch) -> ImageBatch:
-    """Store a batch's images channels last, which is faster on CPUs with BF16 units."""
-    batch.image = torch.as_tensor(batch.image).contiguous(memory_format=torch.channels_last)
+def prepare_batch(batch: ImageBatch, tiler: Tiler | None, generator: torch.Generator | None = None) -> ImageBatch:
+    """Replace a training batch's images by what the networks train on: images, or a tile of each.
+
+    They are stored channels last, which is faster on CPUs with BF16 units.
+    """
+    images = torch.as_tensor(batch.image)
+    if tiler is not None:
+        images = random_tiles(images, tiler, generator)
+    batch.image = images.contiguous(memory_format=torch.channels_last)
     return batch
 
 
@@ -60,7 +68,8 @@ def estimate_batch_norm(
         return
     trainer = module.trainer
     loader = training_loader(trainer)
-    order = torch.randperm(number_of_images(loader), generator=torch.Generator().manual_seed(0))
+    generator = torch.Generator().manual_seed(0)
+    order = torch.randperm(number_of_images(loader), generator=generator)
     chosen = order[:images]
     size = loader.batch_size or getattr(loader.batch_sampler, "batch_size", None) or 1
     was_training = network.training
@@ -72,5 +81,5 @@ def estimate_batch_norm(
             batch = trainer.strategy.batch_to_device(batch)
             if isinstance(module.pre_processor, PreProcessor):
                 module.pre_processor.on_train_batch_start(trainer, module, batch, 0)
-            run(channels_last(batch))
+            run(prepare_batch(batch, module.model.tiler, generator))
     network.train(was_training)

@@ -130,7 +130,7 @@ class Tad(DistillationModule, AnomalibModule):
     def check_image_size(self) -> None:
         """Check the image size against the assistant too."""
         super().check_image_size()
-        backbone, size = None if self.assistant is None else self.assistant.backbone, self.input_size
+        backbone, size = None if self.assistant is None else self.assistant.backbone, self.network_size
         if backbone is not None and size is not None and backbone.fixed_size not in {None, tuple(size)}:
             msg = (
                 f"images of {size[0]}x{size[1]} pixels: the assistant {backbone.name!r} supports only "

@@ -17,7 +17,9 @@ __all__ = ["CacheTrainingData"]
 
 
 class CacheTrainingData(Callback):
-    """Decodes each training image once, and runs the teacher once for each, where augmentations are deterministic.
+    """Decodes each training image once, and runs the teacher once for each, where it sees the same in each epoch.
+
+    It does not with random augmentations, nor with tiles.
 
     Args:
         images: GiB of memory for decoded images; 0 caches none.
@@ -37,8 +39,9 @@ class CacheTrainingData(Callback):
     def on_train_start(self, trainer: Trainer, pl_module: "DistillationModule") -> None:  # type: ignore[override]
         """Create the feature cache."""
         loader = training_loader(trainer)
-        if self.features > 0 and is_deterministic(getattr(loader.dataset, "augmentations", None)):
-            model = pl_module.model
+        model = pl_module.model
+        is_same = model.tiler is None and is_deterministic(getattr(loader.dataset, "augmentations", None))
+        if self.features > 0 and is_same:
             model.teacher_cache = FeatureCache(model.teacher, images=number_of_images(loader), memory=self.features)
 
     def on_train_epoch_end(self, trainer: Trainer, pl_module: "DistillationModule") -> None:  # type: ignore[override] # noqa: ARG002

@@ -1,0 +1,103 @@
+"""Tiling of images that are much larger than their defects, as anomalib's ``TilerConfigurationCallback`` sets it up."""
+
+import copy
+from collections.abc import Callable
+from typing import Any
+
+import torch
+from anomalib.callbacks import TilerConfigurationCallback
+from anomalib.data.utils.tiler import ImageUpscaleMode, Tiler
+from lightning import Trainer
+from torch import Tensor
+
+from anomalib_dskd.errors import ArgumentError
+
+__all__ = ["complete_stride", "create_tiler", "map_tiles", "random_tiles", "tiler_settings"]
+
+TILE_BATCH = 16  # tiles that pass through the networks together in evaluation: their features bound the memory
+
+
+def complete_stride(trainer: Trainer) -> None:
+    """Give a ``TilerConfigurationCallback`` without ``stride`` the one that it documents, the tile size.
+
+    anomalib's ``Tiler`` fails without one; ``test_anomalib_still_needs_a_stride`` tells when it does not.
+    """
+    for callback in trainer.callbacks:  # type: ignore[attr-defined]
+        if isinstance(callback, TilerConfigurationCallback) and callback.stride is None:
+            callback.stride = callback.tile_size
+
+
+def random_tiles(images: Tensor, tiler: Tiler, generator: torch.Generator | None = None) -> Tensor:
+    """Return one tile of each image, chosen at random: training needs the memory of a batch of tiles.
+
+    Args:
+        images: ``(B, 3, H, W)``.
+        tiler: anomalib's.
+        generator: of random numbers on the CPU. Default: torch's.
+
+    Returns:
+        Tiles ``(B, 3, h, w)``.
+    """
+    tiles = _by_image(tiler.tile(images), len(images))  # (B, tiles, 3, h, w)
+    chosen = torch.randint(tiles.shape[1], (len(images),), generator=generator)
+    return tiles[torch.arange(len(images)), chosen]
+
+
+def map_tiles(images: Tensor, tiler: Tiler, anomaly_map: Callable[[Tensor], Tensor]) -> Tensor:
+    """Return the anomaly map of images from those of their tiles; tiles that overlap are averaged.
+
+    Args:
+        images: ``(B, 3, H, W)``.
+        tiler: anomalib's.
+        anomaly_map: of tiles ``(N, 3, h, w)``; called with few at a time.
+
+    Returns:
+        Map ``(B, 1, H, W)``.
+    """
+    batch = images.shape[0]
+    tiler = copy.copy(tiler)  # it keeps the images' sizes, which are symbols in exports
+    tiles = _by_image(tiler.tile(images), batch).transpose(0, 1)  # (tiles, B, 3, h, w)
+    # the number of images is a symbol in exports
+    positions = TILE_BATCH if torch.compiler.is_exporting() else max(1, TILE_BATCH // batch)
+    maps: list[Tensor] = []  # (B, 1, h, w) of each position
+    for part in torch.split(tiles, positions):
+        found = anomaly_map(part.flatten(0, 1))
+        maps += found.reshape(len(part), batch, *found.shape[1:]).unbind()
+    # stacked, since OpenVINO takes a transposition here for a shuffling of channels, and fails
+    whole: Tensor = tiler.untile(torch.stack(maps, dim=1).flatten(0, 1))
+    return whole
+
+
+def _by_image(tiles: Tensor, images: int) -> Tensor:
+    return tiles.reshape(images, -1, *tiles.shape[1:])
+
+
+def tiler_settings(tiler: Tiler | None) -> dict[str, Any] | None:
+    """Return the arguments that a tiler was created with; None without one."""
+    if tiler is None:
+        return None
+    return {
+        "tile_size": (tiler.tile_size_h, tiler.tile_size_w),
+        "stride": (tiler.stride_h, tiler.stride_w),
+        "remove_border_count": tiler.remove_border_count,
+        "mode": str(tiler.mode.value),
+    }
+
+
+def create_tiler(settings: dict[str, Any] | None, given: Tiler | None) -> Tiler | None:
+    """Return the tiler of a checkpoint.
+
+    Args:
+        settings: of the checkpoint, from :func:`tiler_settings`.
+        given: by a ``TilerConfigurationCallback`` now, if there is one.
+
+    Raises:
+        ArgumentError: both differ.
+    """
+    if given is not None and tiler_settings(given) != settings:
+        msg = (
+            f"tiling: checkpoint has {settings}, TilerConfigurationCallback has {tiler_settings(given)}. Leave "
+            "the callback out to use the checkpoint's tiles, or train with it."
+        )
+        raise ArgumentError(msg)
+    return None if settings is None else Tiler(**{**settings, "mode": ImageUpscaleMode(settings["mode"])})
