@@ -1,4 +1,4 @@
-"""What tiling gains on images that are much larger than their defects: textures of 512x512 with dots of 6 pixels.
+"""What tiling gains on images that are much larger than their defects: textures of 384x384 with dots of 6 pixels.
 
 The images are made here, so that no data set is needed. Each row is one training run of DSKD with the same number of
 steps: images resized to the size of a tile, images as they are, and tiles of them.
@@ -19,10 +19,10 @@ from scipy.ndimage import gaussian_filter
 
 from anomalib_dskd import Dskd
 
-SIZE, TILE, DOT = 512, 128, 6  # pixels
+SIZE, TILE, DOT = 384, 128, 6  # pixels
 COUNTS = {"train": 32, "good": 16, "bad": 16}
 
-parser = common.option_parser(__doc__, "--weights", "--epochs", "--batch", "--learning-rate", epochs=15, batch=4)
+parser = common.option_parser(__doc__, "--weights", "--epochs", "--batch", "--learning-rate", epochs=10, batch=4)
 parser.set_defaults(learning_rate=5e-3)
 options = parser.parse_args()
 
@@ -30,7 +30,7 @@ options = parser.parse_args()
 def write_images(root: Path) -> Folder:
     """Write textures, some of them with a dot, and its mask."""
     random = np.random.default_rng(0)
-    for name, count in {**COUNTS, "masks": 0}.items():
+    for name, count in {"masks": 0, **COUNTS}.items():
         (root / name).mkdir()
         for index in range(count):
             noise = gaussian_filter(random.standard_normal((SIZE, SIZE)), 3)
