@@ -37,7 +37,7 @@ from anomalib_dskd.models.distillation.export import ExportMixin
 from anomalib_dskd.models.distillation.image_size import DEFAULT_IMAGE_SIZE, resolve_pre_processor
 from anomalib_dskd.models.distillation.images import check_batch
 from anomalib_dskd.models.distillation.optimization import create_optimizer
-from anomalib_dskd.models.distillation.tiling import complete_stride
+from anomalib_dskd.models.distillation.tiling import prepare_callback
 from anomalib_dskd.models.distillation.trainer_checks import (
     check_callbacks,
     check_last_step,
@@ -191,7 +191,7 @@ class DistillationModule(ExportMixin, CheckpointMixin):
         """
         if self._trainer is not None:
             check_callbacks(self.trainer)
-            complete_stride(self.trainer)
+            prepare_callback(self.trainer)
             prepare_saved_config(self.trainer)  # here, because the command's own callbacks come first
         options = self.options
         return [

@@ -12,19 +12,30 @@ from torch import Tensor
 
 from anomalib_dskd.errors import ArgumentError
 
-__all__ = ["complete_stride", "create_tiler", "map_tiles", "random_tiles", "tiler_settings"]
+__all__ = ["create_tiler", "map_tiles", "prepare_callback", "random_tiles", "tiler_settings"]
 
 TILE_BATCH = 16  # tiles that pass through the networks together in evaluation: their features bound the memory
 
 
-def complete_stride(trainer: Trainer) -> None:
+def prepare_callback(trainer: Trainer) -> None:
     """Give a ``TilerConfigurationCallback`` without ``stride`` the one that it documents, the tile size.
 
     anomalib's ``Tiler`` fails without one; ``test_anomalib_still_needs_a_stride`` tells when it does not.
+
+    Raises:
+        ArgumentError: ``remove_border_count`` is not 0.
     """
     for callback in trainer.callbacks:  # type: ignore[attr-defined]
-        if isinstance(callback, TilerConfigurationCallback) and callback.stride is None:
-            callback.stride = callback.tile_size
+        if isinstance(callback, TilerConfigurationCallback):
+            if callback.remove_border_count:
+                msg = (
+                    f"TilerConfigurationCallback with remove_border_count {callback.remove_border_count} is not "
+                    "supported: anomalib's Tiler would set borders of anomaly maps to 0, and defects there would be "
+                    "missed. Leave it out, and give a smaller stride for tiles that overlap."
+                )
+                raise ArgumentError(msg)
+            if callback.stride is None:
+                callback.stride = callback.tile_size
 
 
 def random_tiles(images: Tensor, tiler: Tiler, generator: torch.Generator | None = None) -> Tensor:

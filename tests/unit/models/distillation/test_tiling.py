@@ -129,8 +129,13 @@ def test_other_tiles_than_the_checkpoints_are_refused(settings, given):
         create_tiler(settings, given)
 
 
+def test_removed_borders_are_refused(magnetic_tile_root, teacher_weights, tmp_path):
+    with pytest.raises(ArgumentError, match="remove_border_count 2 is not supported"):
+        fit(build(Dskd, teacher_weights), magnetic_tile_root, tmp_path, tile_size=TILE, remove_border_count=2)
+
+
 def test_anomalib_still_needs_a_stride():
-    """If this fails, ``complete_stride`` may no longer be needed."""
+    """If this fails, ``prepare_callback`` may no longer be needed."""
     with pytest.raises(AttributeError, match="stride_h"):
         Tiler(64)
 
