@@ -33,7 +33,7 @@ def exported_f1(path: Path, data: AnomalibDataModule, size: tuple[int, int]) -> 
         item = data.test_data[index]
         image = torch.as_tensor(item.image)[None]  # (1, 3, H, W)
         if image.shape[-2:] != size:
-            image = F.interpolate(image, size=size, mode="bilinear")
+            image = F.interpolate(image, size=size, mode="bilinear", antialias=True)
         predicted.append(bool(compiled(image.numpy())["pred_label"].item()))
         truth.append(bool(item.gt_label))
     return label_f1(np.array(predicted), np.array(truth))

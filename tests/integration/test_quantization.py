@@ -208,6 +208,16 @@ def test_thresholds_are_those_of_the_quantized_scores(model, int8, data, tmp_pat
         np.testing.assert_allclose(normalized, expected.clip(0, 1), atol=1e-3)
 
 
+def test_a_failed_export_leaves_no_file(model, data, tmp_path, monkeypatch):
+    def fail(*_: object, **__: object) -> None:
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr("nncf.quantize", fail)
+    with pytest.raises(KeyboardInterrupt):
+        model.to_openvino(tmp_path, input_size=SIZE, compression_type=CompressionType.INT8_PTQ, datamodule=data)
+    assert not [path for path in tmp_path.rglob("*") if path.suffix in {".xml", ".bin"}]
+
+
 def test_the_floating_point_models_own_thresholds_are_found_again(model, data, tmp_path):
     given = copy.deepcopy(model)
     given.post_processor.enable_normalization = True

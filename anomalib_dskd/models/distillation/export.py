@@ -2,7 +2,7 @@
 
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
-from functools import partial
+from functools import partial, reduce
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, ClassVar
 
@@ -108,8 +108,12 @@ class ExportMixin(EvaluationMixin):
             excluded = ["post_processor"]
         with self._without(*excluded):
             path = super().to_openvino(export_root, **kwargs)
-        for change in changes:
-            rewrite_file(path, change)
+        try:
+            rewrite_file(path, lambda network: reduce(lambda changed, change: change(changed), changes, network))
+        except BaseException:  # the file has neither thresholds nor INT8 weights
+            for suffix in (".xml", ".bin"):
+                path.with_suffix(suffix).unlink(missing_ok=True)
+            raise
         return path
 
     @contextmanager

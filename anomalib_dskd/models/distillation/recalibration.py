@@ -72,7 +72,7 @@ def validation_images(
         image = torch.as_tensor(batch.image)
         if isinstance(pre_processor, PreProcessor) and pre_processor.transform is not None:
             batch.image, batch.gt_mask = pre_processor.transform(batch.image, batch.gt_mask)
-        yield (image if size is None else F.interpolate(image, size=size, mode="bilinear")), batch
+        yield (image if size is None else F.interpolate(image, size=size, mode="bilinear", antialias=True)), batch
 
 
 def recalibrated(post_processor: PostProcessor, network: "openvino.Model", images: Validation) -> PostProcessor:
