@@ -61,7 +61,7 @@ class ResultVisualizer(ImageVisualizer):
     def on_test_batch_end(self, trainer: Trainer, pl_module: Any, outputs: Any, batch: Any, *_: Any) -> None:  # noqa: ANN401, ARG002
         """Save the images of a batch."""
         for item in batch:
-            image = self.draw(item)
+            image = None if item.image_path is None else self.draw(item)
             if image is not None:
                 path = self.output_path(item.image_path)
                 path.parent.mkdir(parents=True, exist_ok=True)
@@ -91,7 +91,7 @@ class ResultVisualizer(ImageVisualizer):
 
     def output_path(self, image: str | Path) -> Path:
         """Return the file that an image of this run is saved to."""
-        path = Path(image).absolute()
+        path = Path(os.path.abspath(image))
         common = self._common if self._common in path.parents else None
         return Path(self.output_dir or ".") / path.relative_to(common.parent if common else path.anchor)
 
@@ -157,7 +157,7 @@ def _unused_folder(folder: Path) -> Path:
 
 def _common_folder(images: Iterable[str | Path]) -> Path | None:
     """Return the folder that all images are in; None if they are unknown, or on several drives."""
-    folders = {Path(image).absolute().parent for image in images}
+    folders = {Path(os.path.abspath(image)).parent for image in images}
     try:
         return Path(os.path.commonpath(folders)) if folders else None
     except ValueError:

@@ -38,7 +38,7 @@ def install_workarounds() -> None:
         (image_module, "Image", SimpleNamespace(open=open_decoded)),
         (depth_module, "Image", SimpleNamespace(open=open_decoded)),
         (image_module, "tiff", SimpleNamespace(imread=read_tiff)),
-        # images in linked folders are left out in silence
+        # images in linked folders are silently left out
         (image_module, "get_image_filenames_from_dir", get_image_filenames_from_dir),
         # a folder `latest` that `anomalib test` has created makes every later training run fail
         (engine_module, "create_versioned_dir", create_next_version),

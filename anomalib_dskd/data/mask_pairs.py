@@ -122,7 +122,10 @@ class _Masks:
     @cached_property
     def _depth(self) -> int:
         """Length of the path that all images and masks have in common."""
-        return len(Path(os.path.commonpath([path.parent for path in (*self.masks, *self.images)])).parts)
+        try:
+            return len(Path(os.path.commonpath([path.parent for path in (*self.masks, *self.images)])).parts)
+        except ValueError:  # drives of Windows
+            return 0
 
     def nearer_mask(self, image: Path, mask: Path) -> str | None:
         """Return why another mask may rather be the image's, or None."""

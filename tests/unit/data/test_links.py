@@ -131,6 +131,13 @@ def test_links_in_the_layout_of_mvtec_ad(linked, tmp_path):
         check_data_links(data)
 
 
+def test_images_that_a_user_leaves_out_may_be_links(root, tmp_path):
+    link_files(root, tmp_path / "elsewhere")
+    data = setup(parts(root))
+    data.train_data.samples = data.train_data.samples.head(2)
+    check_data_links(data)
+
+
 def test_predictions_leave_no_image_out(tmp_path):
     new = write(tmp_path / "new" / "day1").parent
     assert len(PredictDataset(new)) == 3
