@@ -10,6 +10,7 @@ import re
 from collections import Counter, defaultdict
 from collections.abc import Iterable, Iterator
 from functools import cached_property
+from operator import itemgetter
 from pathlib import Path
 from typing import NamedTuple
 
@@ -106,6 +107,7 @@ class _Masks:
     def __init__(self, masks: Iterable[Path], images: Iterable[Path]) -> None:
         self.masks = list(masks)
         self.images = images
+        self._nearest: dict[Path, tuple[Path, int]] = {}
 
     @cached_property
     def _by_name(self) -> dict[str, list[Path]]:
@@ -115,9 +117,14 @@ class _Masks:
                 by_name[name].append(mask)
         return by_name
 
-    @cached_property
-    def _folders(self) -> set[Path]:
-        return {mask.parent for mask in self.masks}
+    def _nearest_folder(self, images: Path) -> tuple[Path, int]:
+        """Return the folder of masks that has most names in common with a folder of images, and their number."""
+        if images not in self._nearest:
+            folders = sorted({mask.parent for mask in self.masks})
+            self._nearest[images] = max(
+                ((folder, self._shared_names(images, folder)) for folder in folders), key=itemgetter(1)
+            )
+        return self._nearest[images]
 
     @cached_property
     def _depth(self) -> int:
@@ -130,9 +137,9 @@ class _Masks:
     def nearer_mask(self, image: Path, mask: Path) -> str | None:
         """Return why another mask may rather be the image's, or None."""
         shared = self._shared_names(image.parent, mask.parent)
-        for folder in self._folders:
-            if self._shared_names(image.parent, folder) > shared:
-                return f"the folder {str(folder)!r} is named as the image's"
+        nearest, most = self._nearest_folder(image.parent)
+        if most > shared:
+            return f"the folder {str(nearest)!r} is named as the image's"
         for other in self._by_name[image.stem]:
             if other != mask and self._shared_names(image.parent, other.parent) == shared:
                 return f"{str(other)!r} has the name too, and names of folders do not tell which one is right"
