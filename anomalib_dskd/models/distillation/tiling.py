@@ -6,7 +6,7 @@ from typing import Any
 
 import torch
 from anomalib.callbacks import TilerConfigurationCallback
-from anomalib.data.utils.tiler import ImageUpscaleMode, Tiler
+from anomalib.data.utils.tiler import ImageUpscaleMode, Tiler, compute_new_image_size, upscale_image
 from lightning import Trainer
 from torch import Tensor
 
@@ -41,6 +41,8 @@ def prepare_callback(trainer: Trainer) -> None:
 def random_tiles(images: Tensor, tiler: Tiler, generator: torch.Generator | None = None) -> Tensor:
     """Return one tile of each image, chosen at random: training needs the memory of a batch of tiles.
 
+    The tiles are those of ``tiler.tile``, which would copy all of them.
+
     Args:
         images: ``(B, 3, H, W)``.
         tiler: anomalib's.
@@ -49,9 +51,16 @@ def random_tiles(images: Tensor, tiler: Tiler, generator: torch.Generator | None
     Returns:
         Tiles ``(B, 3, h, w)``.
     """
-    tiles = _by_image(tiler.tile(images), len(images))  # (B, tiles, 3, h, w)
-    chosen = torch.randint(tiles.shape[1], (len(images),), generator=generator)
-    return tiles[torch.arange(len(images)), chosen]
+    tile, stride = (tiler.tile_size_h, tiler.tile_size_w), (tiler.stride_h, tiler.stride_w)
+    size = compute_new_image_size(tuple(images.shape[-2:]), tile, stride)
+    whole = upscale_image(images, size, tiler.mode)
+    rows, columns = ((extent - side) // step + 1 for extent, side, step in zip(size, tile, stride, strict=True))
+    chosen = torch.randint(rows * columns, (len(images),), generator=generator).tolist()
+    corners = [(index // columns * stride[0], index % columns * stride[1]) for index in chosen]
+    tiles = [
+        image[:, top : top + tile[0], left : left + tile[1]] for image, (top, left) in zip(whole, corners, strict=True)
+    ]
+    return torch.stack(tiles)
 
 
 def map_tiles(images: Tensor, tiler: Tiler, anomaly_map: Callable[[Tensor], Tensor]) -> Tensor:
@@ -67,7 +76,8 @@ def map_tiles(images: Tensor, tiler: Tiler, anomaly_map: Callable[[Tensor], Tens
     """
     batch = images.shape[0]
     tiler = copy.copy(tiler)  # it keeps the images' sizes, which are symbols in exports
-    tiles = _by_image(tiler.tile(images), batch).transpose(0, 1)  # (tiles, B, 3, h, w)
+    tiles = tiler.tile(images)
+    tiles = tiles.reshape(batch, -1, *tiles.shape[1:]).transpose(0, 1)  # (tiles, B, 3, h, w)
     # the number of images is a symbol in exports
     positions = TILE_BATCH if torch.compiler.is_exporting() else max(1, TILE_BATCH // batch)
     maps: list[Tensor] = []  # (B, 1, h, w) of each position
@@ -77,10 +87,6 @@ def map_tiles(images: Tensor, tiler: Tiler, anomaly_map: Callable[[Tensor], Tens
     # stacked, since OpenVINO takes a transposition here for a shuffling of channels, and fails
     whole: Tensor = tiler.untile(torch.stack(maps, dim=1).flatten(0, 1))
     return whole
-
-
-def _by_image(tiles: Tensor, images: int) -> Tensor:
-    return tiles.reshape(images, -1, *tiles.shape[1:])
 
 
 def tiler_settings(tiler: Tiler | None) -> dict[str, Any] | None:
