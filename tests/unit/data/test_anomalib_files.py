@@ -10,7 +10,7 @@ from types import ModuleType
 import numpy as np
 import pytest
 import tifffile
-from anomalib.data import Folder, PredictDataset
+from anomalib.data import PredictDataset
 from anomalib.data.utils import image as image_module
 from anomalib.data.utils import path as path_module
 from anomalib.data.utils import read_depth_image, read_image, read_mask
@@ -25,6 +25,7 @@ from anomalib_dskd.check.check_data import check_data
 from anomalib_dskd.data.anomalib_files import name_files_in_workers
 from anomalib_dskd.errors import DataError, UnreadableImageError, UnsafeImageError
 from tests.conftest import engine
+from tests.unit.data.conftest import parts, write
 
 
 def unchanged(module: ModuleType) -> ModuleType:
@@ -33,19 +34,6 @@ def unchanged(module: ModuleType) -> ModuleType:
     copy = importlib.util.module_from_spec(spec)
     spec.loader.exec_module(copy)
     return copy
-
-
-def write(folder: Path, count: int = 3) -> Path:
-    folder.mkdir(parents=True, exist_ok=True)
-    for index in range(count):
-        pixels = np.random.default_rng([index, len(str(folder))]).integers(0, 256, (64, 64, 3), dtype=np.uint8)
-        Image.fromarray(pixels).save(folder / f"{index}.png")
-    return folder
-
-
-def parts(root: Path, **arguments: object) -> Folder:
-    folders = {"normal_dir": "good", "abnormal_dir": "bad", "normal_test_dir": "good_test"}
-    return Folder("parts", root=root, **{**folders, "num_workers": 0, "val_split_mode": "same_as_test", **arguments})
 
 
 @pytest.fixture

@@ -3,35 +3,14 @@
 from collections.abc import Callable
 from pathlib import Path
 
-import numpy as np
 import pytest
 from anomalib.data import Folder, MVTecAD, PredictDataset
-from PIL import Image
 
 from anomalib_dskd.check.check_data import check_data
 from anomalib_dskd.data.links import check_data_links
 from anomalib_dskd.errors import DataError
 from tests.conftest import engine
-
-
-def write(folder: Path, count: int = 3) -> Path:
-    folder.mkdir(parents=True)
-    for index in range(count):
-        pixels = np.random.default_rng([index, len(str(folder))]).integers(0, 256, (64, 64, 3), dtype=np.uint8)
-        Image.fromarray(pixels).save(folder / f"{index}.png")
-    return folder
-
-
-def parts(root: Path) -> Folder:
-    return Folder(
-        "parts",
-        root=root,
-        normal_dir="good",
-        abnormal_dir="bad",
-        normal_test_dir="good_test",
-        num_workers=0,
-        val_split_mode="same_as_test",
-    )
+from tests.unit.data.conftest import parts, write
 
 
 @pytest.fixture
