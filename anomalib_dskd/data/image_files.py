@@ -21,6 +21,7 @@ __all__ = [
     "check_headers",
     "dataset_paths",
     "has_high_bit_depth",
+    "loader_datasets",
     "open_image",
     "read_named_image",
 ]
@@ -119,10 +120,16 @@ def check_data_files(data: AnomalibDataModule, splits: Iterable[str]) -> None:
                 check_header(path, is_mask=True)
 
 
+def loader_datasets(loaders: Any) -> list[Any]:  # noqa: ANN401 - any type that a trainer accepts
+    """Return the data sets of one data loader or of several; None for a loader without."""
+    return [
+        getattr(loader, "dataset", None) for loader in (loaders if isinstance(loaders, list | tuple) else [loaders])
+    ]
+
+
 def dataset_paths(loaders: Any) -> Iterator[str | Path]:  # noqa: ANN401 - any type that a trainer accepts
     """Yield the image files of data loaders' data sets, as far as these list them as anomalib's do."""
-    for loader in loaders if isinstance(loaders, (list, tuple)) else [loaders]:
-        dataset = getattr(loader, "dataset", None)
+    for dataset in loader_datasets(loaders):
         yield from getattr(dataset, "image_filenames", ())
         yield from getattr(getattr(dataset, "samples", None), "image_path", ())
 

@@ -9,7 +9,7 @@ from lightning.pytorch.trainer.states import TrainerFn
 
 from anomalib_dskd.data.anomalib_files import name_files_in_workers
 from anomalib_dskd.data.data_module_checks import check_names, check_validation_images
-from anomalib_dskd.data.image_files import check_data_files, check_headers, dataset_paths
+from anomalib_dskd.data.image_files import check_data_files, check_headers, dataset_paths, loader_datasets
 from anomalib_dskd.data.links import check_data_links
 from anomalib_dskd.data.mask_pairs import check_mask_pairs
 from anomalib_dskd.visualization import check_file_names
@@ -65,8 +65,8 @@ class CheckImageFiles(Callback):
         loaders = trainer.predict_dataloaders
         check_headers(dataset_paths(loaders))
         _check_file_names(trainer, pl_module, loaders)
-        for loader in loaders if isinstance(loaders, list | tuple) else [loaders]:
-            name_files_in_workers(getattr(loader, "dataset", None))
+        for dataset in loader_datasets(loaders):
+            name_files_in_workers(dataset)
 
 
 def _check_file_names(trainer: Trainer, module: LightningModule, loaders: Any) -> None:  # noqa: ANN401 - of any type
