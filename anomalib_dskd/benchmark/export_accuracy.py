@@ -5,9 +5,9 @@ from pathlib import Path
 import numpy as np
 import torch
 from anomalib.data import AnomalibDataModule
-from torch.nn import functional as F  # noqa: N812
 
 from anomalib_dskd.benchmark.predictions import label_f1
+from anomalib_dskd.pre_processing import resize_for_export
 
 __all__ = ["exported_f1"]
 
@@ -31,9 +31,7 @@ def exported_f1(path: Path, data: AnomalibDataModule, size: tuple[int, int]) -> 
     predicted, truth = [], []
     for index in range(len(data.test_data)):
         item = data.test_data[index]
-        image = torch.as_tensor(item.image)[None]  # (1, 3, H, W)
-        if image.shape[-2:] != size:
-            image = F.interpolate(image, size=size, mode="bilinear", antialias=True)
+        image = resize_for_export(torch.as_tensor(item.image)[None], size)  # (1, 3, H, W)
         predicted.append(bool(compiled(image.numpy())["pred_label"].item()))
         truth.append(bool(item.gt_label))
     return label_f1(np.array(predicted), np.array(truth))

@@ -93,24 +93,19 @@ class ExportMixin(EvaluationMixin):
         if quantize and datamodule is None:
             msg = "compression_type 'int8_ptq' needs training images: give --data and its arguments, or a datamodule."
             raise ArgumentError(msg)
-        if datamodule is None or not quantize:
-            path = super().to_openvino(export_root, compression_type=compression_type, **kwargs)
-            rewrite_file(path, replace_antialiased_resize)
-            return path
-        size = kwargs.get("input_size")
-        changes: list[Callable[[openvino.Model], openvino.Model]] = [
-            replace_antialiased_resize,
-            partial(quantize_networks, images=calibration_images(datamodule, size or self.input_size)),
-        ]
-        excluded = []
-        if isinstance(self.post_processor, PostProcessor):  # with thresholds, which quantization changes
-            changes.append(recalibration(datamodule, self.pre_processor, self.post_processor, size))
-            excluded = ["post_processor"]
-        with self._without(*excluded):
-            path = super().to_openvino(export_root, **kwargs)
+        changes: list[Callable[[openvino.Model], openvino.Model]] = [replace_antialiased_resize]
+        replaced = []
+        if datamodule is not None and quantize:
+            size = kwargs.get("input_size")
+            changes.append(partial(quantize_networks, images=calibration_images(datamodule, size or self.input_size)))
+            if isinstance(self.post_processor, PostProcessor):  # with thresholds, which quantization changes
+                changes.append(recalibration(datamodule, self.pre_processor, self.post_processor, size))
+                replaced = ["post_processor"]
+        with self._without(*replaced):
+            path = super().to_openvino(export_root, compression_type=None if quantize else compression_type, **kwargs)
         try:
             rewrite_file(path, lambda network: reduce(lambda changed, change: change(changed), changes, network))
-        except BaseException:  # the file has neither thresholds nor INT8 weights
+        except BaseException:  # the file has another resize, and of INT8 no thresholds
             for suffix in (".xml", ".bin"):
                 path.with_suffix(suffix).unlink(missing_ok=True)
             raise

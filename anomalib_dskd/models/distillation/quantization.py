@@ -13,10 +13,10 @@ import torch
 from anomalib.data import AnomalibDataModule
 from lightning.pytorch.trainer.states import TrainerFn
 from numpy.typing import NDArray
-from torch.nn import functional as F  # noqa: N812
 
 from anomalib_dskd.components.pseudo_defects import PseudoDefects
 from anomalib_dskd.errors import ArgumentError
+from anomalib_dskd.pre_processing import resize_for_export
 
 if TYPE_CHECKING:
     import openvino
@@ -121,9 +121,7 @@ def calibration_images(data: AnomalibDataModule, size: tuple[int, int] | None) -
     order = torch.randperm(len(data.train_data), generator=torch.Generator().manual_seed(0))
     pseudo_defects = PseudoDefects(mean=[0.0] * 3, std=[1.0] * 3, seed=0)  # images are not normalized yet
     for number, index in enumerate(order[:CALIBRATION_IMAGES].tolist()):
-        image = torch.as_tensor(data.train_data[index].image)[None]  # (1, 3, H, W)
-        if size is not None and image.shape[-2:] != size:
-            image = F.interpolate(image, size=size, mode="bilinear", antialias=True)
+        image = resize_for_export(torch.as_tensor(data.train_data[index].image)[None], size)  # (1, 3, H, W)
         if number % 2:
             image, _ = pseudo_defects(image, None, epoch=0)
         yield cast("NDArray[np.float32]", image.numpy())

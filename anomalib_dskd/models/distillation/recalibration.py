@@ -15,9 +15,9 @@ from anomalib.post_processing import PostProcessor
 from anomalib.pre_processing import PreProcessor
 from lightning.pytorch.trainer.states import TrainerFn
 from torch import Tensor, nn
-from torch.nn import functional as F  # noqa: N812
 
 from anomalib_dskd.data.data_module_checks import check_validation_images
+from anomalib_dskd.pre_processing import resize_for_export
 
 if TYPE_CHECKING:
     import openvino
@@ -72,7 +72,7 @@ def validation_images(
         image = torch.as_tensor(batch.image)
         if isinstance(pre_processor, PreProcessor) and pre_processor.transform is not None:
             batch.image, batch.gt_mask = pre_processor.transform(batch.image, batch.gt_mask)
-        yield (image if size is None else F.interpolate(image, size=size, mode="bilinear", antialias=True)), batch
+        yield resize_for_export(image, size), batch
 
 
 def recalibrated(post_processor: PostProcessor, network: "openvino.Model", images: Validation) -> PostProcessor:
