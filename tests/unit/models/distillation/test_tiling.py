@@ -190,6 +190,20 @@ def test_each_model_trains_on_tiles_and_its_checkpoint_knows_them(kind, magnetic
     torch.testing.assert_close(received.eval()(images()).anomaly_map, model(images()).anomaly_map)
 
 
+def test_the_teacher_sees_other_tiles_in_each_epoch(magnetic_tile_root, teacher_weights, tmp_path):
+    """Cached features would be those of the first epoch's tiles."""
+    model = build(Dskd, teacher_weights)
+    caches, at_start = [], model.on_train_start
+
+    def record() -> None:
+        at_start()
+        caches.append(model.model.teacher_cache)
+
+    model.on_train_start = record  # after the callbacks' own
+    fit(model, magnetic_tile_root, tmp_path, tile_size=TILE)
+    assert caches == [None]
+
+
 @pytest.mark.filterwarnings("ignore")  # of torch's exporter and its dependencies
 def test_exports_compute_the_map_of_tiles(magnetic_tile_root, teacher_weights, tmp_path):
     model = build(Dskd, teacher_weights)
