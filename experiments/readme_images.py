@@ -1,4 +1,4 @@
-"""Images of the README: predictions of the quick start's model, and accuracy against latency of all detectors.
+"""Image of the README, predictions of the quick start's model, and plot of docs/results.md, accuracy against latency.
 
 ``docs/images/quickstart.png`` shows the first test image of some kinds of defect; it needs the quick start's model.
 ``docs/images/accuracy_latency.png`` is drawn from the CSV file of the same name.
