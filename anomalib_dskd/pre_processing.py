@@ -7,18 +7,11 @@ from anomalib.pre_processing import PreProcessor
 from timm.data import IMAGENET_DEFAULT_MEAN, IMAGENET_DEFAULT_STD
 from timm.models import get_pretrained_cfg
 from torch import Tensor
-from torch.nn import functional as F  # noqa: N812
 from torchvision.transforms.v2 import Compose, Normalize, Resize
 
 from anomalib_dskd.errors import ArgumentError
 
-__all__ = [
-    "AntialiasedPreProcessor",
-    "check_normalization",
-    "create_pre_processor",
-    "get_normalization",
-    "resize_for_export",
-]
+__all__ = ["AntialiasedPreProcessor", "check_normalization", "create_pre_processor", "get_normalization"]
 
 
 class AntialiasedPreProcessor(PreProcessor):
@@ -80,15 +73,3 @@ def get_normalization(teacher: str) -> tuple[Sequence[float], Sequence[float]]:
     """
     cfg = get_pretrained_cfg(teacher)
     return (cfg.mean, cfg.std) if cfg is not None else (IMAGENET_DEFAULT_MEAN, IMAGENET_DEFAULT_STD)
-
-
-def resize_for_export(images: Tensor, size: tuple[int, int] | None) -> Tensor:
-    """Resize images ``(B, C, H, W)``, with antialiasing as in training, to the size that an exported model takes.
-
-    Args:
-        images: from 0 to 1.
-        size: height and width in pixels; None keeps those of the images.
-    """
-    if size is None or images.shape[-2:] == size:
-        return images
-    return F.interpolate(images, size=size, mode="bilinear", antialias=True)

@@ -7,7 +7,7 @@ import torch
 from anomalib.data import AnomalibDataModule
 
 from anomalib_dskd.benchmark.predictions import label_f1
-from anomalib_dskd.pre_processing import resize_for_export
+from anomalib_dskd.data.resizing import resize_for_export
 
 __all__ = ["exported_f1"]
 

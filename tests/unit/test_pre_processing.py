@@ -5,7 +5,7 @@ from torch import Tensor
 from torch.nn import functional as F  # noqa: N812
 from torchvision.transforms.v2 import Normalize, Resize
 
-from anomalib_dskd.pre_processing import create_pre_processor, resize_for_export
+from anomalib_dskd.pre_processing import create_pre_processor
 from tests.conftest import TEACHER
 
 IMAGENET_MEAN, IMAGENET_STD = [0.485, 0.456, 0.406], [0.229, 0.224, 0.225]
@@ -76,11 +76,3 @@ def test_anomalibs_own_pre_processor_still_exports_without_antialiasing():
     image = photograph(100, 150)
     # once this fails, AntialiasedPreProcessor is not needed
     assert (PreProcessor(transform)(image) - transform(image)).abs().max() > 0.1
-
-
-@pytest.mark.parametrize("size", [(16, 24), (80, 70)])
-def test_images_for_exports_are_resized_as_in_training(size):
-    images = torch.rand(2, 3, 64, 48, generator=torch.Generator().manual_seed(0))
-    expected = Resize(size, antialias=True)(images)
-    torch.testing.assert_close(resize_for_export(images, size), expected)
-    assert resize_for_export(images, None) is resize_for_export(images, (64, 48)) is images

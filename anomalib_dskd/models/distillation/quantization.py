@@ -15,8 +15,8 @@ from lightning.pytorch.trainer.states import TrainerFn
 from numpy.typing import NDArray
 
 from anomalib_dskd.components.pseudo_defects import PseudoDefects
+from anomalib_dskd.data.resizing import resize_for_export
 from anomalib_dskd.errors import ArgumentError
-from anomalib_dskd.pre_processing import resize_for_export
 
 if TYPE_CHECKING:
     import openvino

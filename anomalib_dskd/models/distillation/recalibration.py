@@ -17,7 +17,7 @@ from lightning.pytorch.trainer.states import TrainerFn
 from torch import Tensor, nn
 
 from anomalib_dskd.data.data_module_checks import check_validation_images
-from anomalib_dskd.pre_processing import resize_for_export
+from anomalib_dskd.data.resizing import resize_for_export
 
 if TYPE_CHECKING:
     import openvino
