@@ -5,6 +5,7 @@ import json
 import math
 from collections.abc import Sequence
 from dataclasses import asdict, dataclass, field
+from itertools import chain
 from pathlib import Path
 from typing import Any, Literal
 
@@ -29,11 +30,14 @@ class ModelSpec:
         model: ``class_path`` of an anomalib model, such as ``anomalib_dskd.Dskd``, and its ``init_args``.
         name: name in the report. Default: the name of the class.
         epochs: number of training epochs. Default: that of the benchmark.
+        seeds: random seeds, such as ``[0]`` for a model whose results hardly depend on them. Default: those of the
+            benchmark.
     """
 
     model: dict[str, Any]
     name: str | None = None
     epochs: int | None = None
+    seeds: list[int] | None = None
 
 
 @dataclass
@@ -77,7 +81,7 @@ class BenchmarkConfig:
         models: models to compare.
         datasets: data sets to compare them on.
         run_folder: folder for the results. If it holds results of this configuration, only missing jobs are run.
-        seeds: random seeds; each model is trained on each data set once per seed.
+        seeds: random seeds of models without their own; each model is trained on each data set once per seed.
         epochs: number of training epochs of models without a number of their own. Default: that of anomalib's example
             configuration, or of the paper for DSKD.
         image_size: height and width of the images, for all models.
@@ -169,6 +173,7 @@ def expand(config: BenchmarkConfig, weights: list[dict[str, str]] | None = None)
         ArgumentError: nothing to compare, a name is used twice, a number is out of range, or epochs are unknown.
     """
     _check(config)
+    seeds_by_model = [config.seeds if model.seeds is None else model.seeds for model in config.models]
     return [
         Job(
             model=_name(model),
@@ -187,10 +192,11 @@ def expand(config: BenchmarkConfig, weights: list[dict[str, str]] | None = None)
             weights=weights or [],
             measure=config.measure,
         )
-        for seed in config.seeds
+        for seed in dict.fromkeys(chain(*seeds_by_model))
         for data in config.datasets
         for category in data.categories or (None,)
-        for model in config.models
+        for model, seeds in zip(config.models, seeds_by_model, strict=True)
+        if seed in seeds
         for epochs, source in [_epochs(model, config.epochs)]
     ]
 
@@ -237,9 +243,11 @@ def _check(config: BenchmarkConfig) -> None:
         if len(set(data.categories or ())) != len(data.categories or ()):
             msg = f"categories {data.categories} of {_name(data)} must be different from one another."
             raise ArgumentError(msg)
-    if not config.seeds or len(set(config.seeds)) != len(config.seeds) or min(config.seeds) < 0:
-        msg = f"seeds {config.seeds} must be one or more different integers, 0 or larger."
-        raise ArgumentError(msg)
+    own_seeds = {f"seeds of {_name(model)}": model.seeds for model in config.models if model.seeds is not None}
+    for name, seeds in {"seeds": config.seeds, **own_seeds}.items():
+        if not seeds or len(set(seeds)) != len(seeds) or min(seeds) < 0:
+            msg = f"{name} {seeds} must be one or more different integers, 0 or larger."
+            raise ArgumentError(msg)
     numbers = {
         "epochs": config.epochs,
         "image_size": config.image_size,

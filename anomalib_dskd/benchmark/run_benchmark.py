@@ -1,6 +1,7 @@
 """Run of a whole benchmark: all jobs that are not done yet, then the report."""
 
 from collections import Counter
+from dataclasses import replace
 
 from rich.console import Console
 
@@ -35,9 +36,8 @@ def run_benchmark(config: BenchmarkConfig, config_text: str, console: Console) -
         TeacherWeightsError: a file of weights is missing, unreadable, or of another architecture.
     """
     jobs = expand(config, describe_weights(config.weights))
-    for job in jobs:
-        if job.seed == config.seeds[0]:  # the other jobs differ only in the seed
-            check_job(job)
+    for job in {replace(job, seed=0).id: job for job in jobs}.values():  # one of those that differ only in the seed
+        check_job(job)
     try:
         return _run(config, config_text, jobs, console)
     except OSError as error:

@@ -38,6 +38,18 @@ def test_jobs_are_all_combinations_with_seeds_outermost():
     assert jobs[0].data_init_args == {"root": "tiles"}
 
 
+def test_a_model_with_its_own_seeds_is_trained_once_for_each_of_them():
+    models = [dataclasses.replace(DSKD, seeds=[2, 0]), STFPM, dataclasses.replace(PADIM, seeds=[0])]
+    jobs = expand(config(models=models, datasets=[TILES], seeds=[0, 1]))
+    assert [(job.model, job.seed) for job in jobs] == [
+        ("DSKD", 2),
+        ("DSKD", 0),
+        ("Stfpm", 0),
+        ("Padim", 0),
+        ("Stfpm", 1),
+    ]
+
+
 def test_data_sets_of_one_class_have_the_names_of_their_arguments():
     folders = [DatasetSpec({"class_path": "anomalib.data.Folder", "init_args": {"name": name}}) for name in "ab"]
     jobs = expand(config(models=[PADIM], datasets=[*folders, dataclasses.replace(PARTS, name="screws"), TILES]))
@@ -114,6 +126,8 @@ def test_the_id_of_a_job_depends_on_all_its_values():
         ({"datasets": [PARTS, PARTS]}, "datasets parts given more than once. Give each entry .* same level as `data`"),
         ({"seeds": []}, r"seeds \[\] must be one or more different"),
         ({"seeds": [1, 1]}, r"seeds \[1, 1\]"),
+        ({"models": [dataclasses.replace(STFPM, seeds=[])]}, r"seeds of Stfpm \[\] must be one or more different"),
+        ({"models": [dataclasses.replace(STFPM, seeds=[0, -1])]}, r"seeds of Stfpm \[0, -1\] must be"),
         ({"epochs": 0}, "epochs 0 must be 1 or larger"),
         ({"image_size": -1}, "image_size -1 must be 1 or larger"),
         ({"models": [dataclasses.replace(STFPM, epochs=0)]}, "epochs of Stfpm 0 must be"),
