@@ -20,13 +20,15 @@ from lightning import LightningModule, Trainer
 from torch import Tensor, nn
 from torchmetrics import Metric
 
+from anomalib_dskd import pixel_metrics
 from anomalib_dskd.errors import ArgumentError
 
 __all__ = [
-    "AUPRO",
     "AUROC",
     "FPR_LIMIT",
     "F1Score",
+    "PixelAUPRO",
+    "PixelAUROC",
     "RawScoreEvaluator",
     "check_labels",
     "drop_raw_scores",
@@ -74,6 +76,7 @@ class _DefinedMetric(Metric):
 
     def __init__(self, fields: Sequence[str], *, prefix: str, **kwargs: Any) -> None:  # noqa: ANN401 - anomalib's
         super().__init__(fields=fields, prefix=prefix, strict=False, **kwargs)
+        self.name = prefix + type(self).__name__.removeprefix("Pixel")  # as anomalib's metrics
         self.unit = "pixels" if fields[1] == "gt_mask" else "images"
         self.undefined: str | None = None
         """Why the last result is None, if it is known."""
@@ -108,11 +111,15 @@ class _DefinedMetric(Metric):
 
 
 class AUROC(_DefinedMetric, metrics.AUROC):  # type: ignore[misc]
-    """anomalib's AUROC; None without normal or without anomalous images or pixels."""
+    """anomalib's AUROC; None without normal or without anomalous images."""
 
 
-class AUPRO(_DefinedMetric, metrics.AUPRO):  # type: ignore[misc]
-    """anomalib's AUPRO; None without normal or without anomalous pixels."""
+class PixelAUROC(_DefinedMetric, AnomalibMetric, pixel_metrics.PixelAUROC):  # type: ignore[misc]
+    """AUROC of pixels, whose memory does not grow with their number; None without normal or anomalous ones."""
+
+
+class PixelAUPRO(_DefinedMetric, AnomalibMetric, pixel_metrics.PixelAUPRO):  # type: ignore[misc]
+    """AUPRO, whose memory does not grow with the number of pixels; None without normal or anomalous ones."""
 
 
 class F1Score(_DefinedMetric, metrics.F1Score):  # type: ignore[misc]
@@ -211,8 +218,8 @@ def _ranking_metrics() -> Sequence[AnomalibMetric]:
     pixel_fields = ["raw_anomaly_map", "gt_mask"]
     return [
         AUROC(fields=["raw_pred_score", "gt_label"], prefix="image_"),
-        AUROC(fields=pixel_fields, prefix="pixel_"),
-        AUPRO(fields=pixel_fields, prefix="pixel_", fpr_limit=FPR_LIMIT),
+        PixelAUROC(fields=pixel_fields, prefix="pixel_"),
+        PixelAUPRO(fields=pixel_fields, prefix="pixel_", fpr_limit=FPR_LIMIT),
     ]
 
 

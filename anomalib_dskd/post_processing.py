@@ -1,19 +1,23 @@
 """Post-processing: thresholds and normalized scores, also for validation sets with normal images only."""
 
 import logging
+from abc import abstractmethod
+from collections.abc import Sequence
 from typing import Any
 
 import torch
 from anomalib.data import Batch
-from anomalib.metrics import F1AdaptiveThreshold
+from anomalib.metrics import AnomalibMetric, F1AdaptiveThreshold
 from anomalib.post_processing import PostProcessor
 from lightning import LightningModule, Trainer
 from torch import Tensor
+from torchmetrics import Metric
 from torchmetrics.utilities.data import dim_zero_cat
 
 from anomalib_dskd.errors import ArgumentError
+from anomalib_dskd.pixel_metrics import ScoreCounts, find_best_threshold
 
-__all__ = ["NormalQuantilePostProcessor", "NormalQuantileThreshold"]
+__all__ = ["NormalQuantilePixelThreshold", "NormalQuantilePostProcessor", "NormalQuantileThreshold"]
 
 logger = logging.getLogger(__name__)
 
@@ -22,21 +26,19 @@ SENSITIVITY = 0.5  # anomalib's
 LEVELS = ("image", "pixel")
 
 
-class NormalQuantileThreshold(F1AdaptiveThreshold):
-    """The threshold with the best F1 score if there are anomalous images, else a quantile of the normal images' scores.
+class _NormalQuantile(Metric):
+    """Mixin of metrics for the best threshold, or a quantile of the normal images' scores if there are only those.
 
-    With anomalous images, anomalib returns the lowest score that it counts as anomalous, which is that of a defect; its
-    post-processor then calls only larger scores anomalous, and misses this defect. The threshold here is the middle
-    between this score and the next lower one, that of a normal image; if there is none, half of this score.
-
-    With normal images only, the score of an anomaly map is its largest value: masks are then non-empty for as few
-    normal images as are predicted anomalous.
+    The score of an anomaly map is its largest value: masks are then non-empty for as few normal images as are predicted
+    anomalous.
 
     Args:
         fields: names of two fields of a batch: scores ``(B,)`` or maps ``(B, H, W)``, and labels or masks of the same
             shape.
         quantile: quantile from 0 to 1.
     """
+
+    fields: Sequence[str]
 
     def __init__(self, fields: list[str], *, quantile: float) -> None:
         super().__init__(fields=fields, strict=False)
@@ -45,24 +47,52 @@ class NormalQuantileThreshold(F1AdaptiveThreshold):
         """Number of normal images that the last threshold is a quantile of; None if there were anomalous images."""
         self.normal_scores: list[Tensor]
         self.add_state("normal_scores", default=[], dist_reduce_fx="cat")
+        self.has_anomalous: Tensor
+        self.add_state("has_anomalous", default=torch.tensor(False), dist_reduce_fx="max")
 
-    def update(self, batch: Batch[Any], *_: Any, **__: Any) -> None:  # type: ignore[override] # noqa: ANN401
+    def update(self, batch: Batch[Any], *_: Any, **__: Any) -> None:  # noqa: ANN401
         """Add a batch, unless one of the fields is missing."""
-        super().update(batch)
+        super().update(batch)  # type: ignore[safe-super] # that of anomalib's metric
         scores, defects = (getattr(batch, field, None) for field in self.fields)
         if scores is not None and defects is not None:
             is_normal = ~defects.reshape(len(defects), -1).any(dim=1)
+            self.has_anomalous = self.has_anomalous | ~is_normal.all()
             # (B, ...) to (normal images,)
             self.normal_scores.append(scores.reshape(len(scores), -1).amax(dim=1)[is_normal])
 
-    def compute(self) -> Tensor:  # type: ignore[override] # torchmetrics returns its curve, anomalib one number
+    def compute(self) -> Tensor:
         """Return the threshold, and record its kind in :attr:`normal_images`."""
         self.normal_images = None
-        if self._has_anomalous_samples():
-            return _middle_below(super().compute(), dim_zero_cat(self.preds))
+        if self.has_anomalous:
+            return self.find_best()
         scores = dim_zero_cat(self.normal_scores)
         self.normal_images = len(scores)
         return torch.quantile(scores, self.quantile)
+
+    @abstractmethod
+    def find_best(self) -> Tensor:
+        """Return the threshold with the best F1 score."""
+
+
+class NormalQuantileThreshold(_NormalQuantile, F1AdaptiveThreshold):  # type: ignore[misc]
+    """The threshold of images with the best F1 score, or a quantile of the scores if all images are normal.
+
+    With anomalous images, anomalib returns the lowest score that it counts as anomalous, which is that of a defect; its
+    post-processor then calls only larger scores anomalous, and misses this defect. The threshold here is the middle
+    between this score and the next lower one, that of a normal image; if there is none, half of this score.
+    """
+
+    def find_best(self) -> Tensor:
+        """Return the threshold with the best F1 score."""
+        return _middle_below(F1AdaptiveThreshold.compute(self), dim_zero_cat(self.preds))
+
+
+class NormalQuantilePixelThreshold(_NormalQuantile, AnomalibMetric, ScoreCounts):  # type: ignore[misc]
+    """The same of pixels, whose memory does not grow with the number of images; best up to the width of a bin."""
+
+    def find_best(self) -> Tensor:
+        """Return the threshold with the best F1 score of pixels."""
+        return torch.tensor(find_best_threshold(*self.sum_counts()))
 
 
 def _middle_below(lowest: Tensor, scores: Tensor) -> Tensor:
@@ -112,7 +142,7 @@ class NormalQuantilePostProcessor(PostProcessor):
     """
 
     _image_threshold_metric: NormalQuantileThreshold
-    _pixel_threshold_metric: NormalQuantileThreshold
+    _pixel_threshold_metric: NormalQuantilePixelThreshold  # type: ignore[assignment]
 
     def __init__(
         self,
@@ -143,7 +173,7 @@ class NormalQuantilePostProcessor(PostProcessor):
         )
         quantile = self.normal_quantile = self._given.get("normal_quantile", NORMAL_QUANTILE)
         self._image_threshold_metric = NormalQuantileThreshold(["pred_score", "gt_label"], quantile=quantile)
-        self._pixel_threshold_metric = NormalQuantileThreshold(["anomaly_map", "gt_mask"], quantile=quantile)
+        self._pixel_threshold_metric = NormalQuantilePixelThreshold(["anomaly_map", "gt_mask"], quantile=quantile)
         self._has_warned = False
 
     @property

@@ -4,6 +4,7 @@ Scripts import this module first: it hides the warnings of the libraries that ar
 """
 
 import argparse
+import threading
 import warnings
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -75,6 +76,37 @@ def offline_resnet18(weights: str) -> Iterator[None]:
         write_hub_cache({"resnet18": weights}, Path(folder))
         with mock.patch.multiple("huggingface_hub.constants", HF_HUB_CACHE=folder, HF_HUB_OFFLINE=True):
             yield
+
+
+class MemorySampler(threading.Thread):
+    """Context manager that samples the memory of this process ten times per second: anonymous and shared pages (Linux).
+
+    Pages of files on disk are not counted: the system reclaims them when other processes need memory.
+    """
+
+    def __init__(self) -> None:
+        super().__init__(daemon=True)
+        self.peak_mib = 0.0
+        self.stopped = threading.Event()
+
+    def __enter__(self) -> "MemorySampler":
+        self.sample()
+        self.start()
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self.sample()
+        self.stopped.set()
+        self.join()
+
+    def run(self) -> None:
+        while not self.stopped.wait(0.1):
+            self.sample()
+
+    def sample(self) -> None:
+        status = dict(line.split(":", 1) for line in Path("/proc/self/status").read_text().splitlines())
+        kib = sum(int(status[name].split()[0]) for name in ("RssAnon", "RssShmem"))
+        self.peak_mib = max(self.peak_mib, kib / 1024)
 
 
 def percent(value: float | None, digits: int = 1) -> str:

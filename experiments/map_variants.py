@@ -7,6 +7,7 @@ with one loss is not comparable with the paper's row.
 """
 
 import tempfile
+from pathlib import Path
 
 import common
 
@@ -36,11 +37,12 @@ common.print_header("map", "image AUROC", "image F1", "pixel AUROC", "AUPRO", "A
 for name, arguments in VARIANTS.items():
     model = Dskd(**{**trained.hparams, **arguments, **common.NO_EVALUATION})
     model.load_state_dict(weights)
-    recorder, data = ScoreRecorder(), MagneticTile(options.root)
+    data = MagneticTile(options.root)
     with tempfile.TemporaryDirectory() as folder:
+        recorder = ScoreRecorder(Path(folder))
         common.quiet_engine(folder, callbacks=[recorder]).test(model, datamodule=data, verbose=False)
-    labels = dict(zip(data.test_data.samples.image_path, data.test_data.samples.label, strict=True))
-    predictions = recorder.predictions(labels)
-    by_class = compute_metrics_by_class(predictions).items()
-    kinds = ", ".join(f"{kind} {common.percent(values['AUPRO'])}" for kind, values in by_class)
-    common.print_row(name, *map(common.percent, compute_metrics(predictions).values()), kinds)
+        labels = dict(zip(data.test_data.samples.image_path, data.test_data.samples.label, strict=True))
+        predictions = recorder.predictions(labels)
+        by_class = compute_metrics_by_class(predictions).items()
+        kinds = ", ".join(f"{kind} {common.percent(values['AUPRO'])}" for kind, values in by_class)
+        common.print_row(name, *map(common.percent, compute_metrics(predictions).values()), kinds)

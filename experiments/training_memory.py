@@ -1,14 +1,12 @@
 """Peak memory of a training run on 200, 1,000 and 5,000 images, by the size of the feature and image caches.
 
-Each training run is a process of its own, on images of random noise. Memory is sampled ten times per second: anonymous
-and shared pages (Linux). Pages of files on disk, such as the part of a cache beyond its memory limit, are not counted:
-the system reclaims them when other processes need memory.
+Each training run is a process of its own, on images of random noise. Pages of files on disk, such as the part of a
+cache beyond its memory limit, are not counted.
 
     python experiments/training_memory.py --weights resnet18.tv_in1k.safetensors
 """
 
 import tempfile
-import threading
 from concurrent.futures import ProcessPoolExecutor
 from multiprocessing import get_context
 from pathlib import Path
@@ -21,26 +19,7 @@ from PIL import Image
 from anomalib_dskd import Dskd
 
 CACHES = {"none": 0.0, "0.05 GiB": 0.05, "1 GiB": 1.0}  # of features, and the same of images; the last is the default
-STATUS = Path("/proc/self/status")
 EPOCHS = 2  # the second reads what the first has cached
-
-
-class MemorySampler(threading.Thread):
-    """Samples the memory of this process ten times per second (Linux)."""
-
-    def __init__(self) -> None:
-        super().__init__(daemon=True)
-        self.peak_mib = 0.0
-        self.stopped = threading.Event()
-
-    def run(self) -> None:
-        while not self.stopped.wait(0.1):
-            self.sample()
-
-    def sample(self) -> None:
-        status = dict(line.split(":", 1) for line in STATUS.read_text().splitlines())
-        kib = sum(int(status[name].split()[0]) for name in ("RssAnon", "RssShmem"))
-        self.peak_mib = max(self.peak_mib, kib / 1024)
 
 
 def write_images(folder: Path, images: int, size: int) -> None:
@@ -63,15 +42,9 @@ def train(root: Path, weights: str, size: int, batch: int, cache: float) -> floa
         test_split_mode="none",
         val_split_mode="none",
     )
-    sampler = MemorySampler()
-    sampler.sample()
-    sampler.start()
-    with tempfile.TemporaryDirectory() as results:
+    with common.MemorySampler() as sampler, tempfile.TemporaryDirectory() as results:
         engine = common.quiet_engine(results, precision="bf16-mixed", max_epochs=EPOCHS, limit_val_batches=0)
         engine.fit(model, datamodule=data)
-    sampler.sample()
-    sampler.stopped.set()
-    sampler.join()
     return sampler.peak_mib
 
 

@@ -1,28 +1,31 @@
 """Anomaly scores and maps that a model predicts for a test set, and the metrics computed from them."""
 
-import io
 from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
+from tempfile import TemporaryDirectory
 from types import SimpleNamespace
 from typing import Any, cast
 
 import numpy as np
 import torch
 from anomalib.data import Batch, InferenceBatch
-from anomalib.metrics import AUPRO, AUROC, AnomalibMetric, F1Max, F1Score
+from anomalib.metrics import AUROC, AnomalibMetric, F1Max, F1Score
 from anomalib.post_processing import PostProcessor
 from lightning import Callback, LightningModule, Trainer
 from numpy.typing import NDArray
 from torch import Tensor, nn
 
+from anomalib_dskd.benchmark.predictions_file import ArrayFile, write_arrays
 from anomalib_dskd.errors import DskdError
 from anomalib_dskd.evaluation import FPR_LIMIT
-from anomalib_dskd.file_writing import write_file
+from anomalib_dskd.pixel_metrics import PixelAUPRO, PixelAUROC
 
 __all__ = ["Predictions", "ScoreRecorder", "compute_metrics", "compute_metrics_by_class", "label_f1", "predict_labels"]
 
 
+FILES = {"anomaly_map": np.float32, "gt_mask": np.uint8}  # fields of a batch, and the type that they are stored with
+PIXELS_AT_ONCE = 1 << 22  # a batch of maps in memory: adding up its counts takes no longer than counting
 METRICS = ("image_AUROC", "image_F1", "image_F1_at_threshold", "pixel_AUROC", "AUPRO")
 
 
@@ -35,8 +38,8 @@ class Predictions:
         labels: 1 for images with a defect, else 0; ``(N,)``.
         classes: the data set's name for the kind of defect; empty if it has none.
         scores: image scores, on the model's own scale; ``(N,)``.
-        maps: anomaly maps, on the model's own scale, ``(N, h, w)``; or None.
-        masks: 1 for pixels with a defect, ``(N, h, w)``; or None.
+        maps: anomaly maps, on the model's own scale, ``(N, h, w)``; or None. They may be mapped from the disk.
+        masks: 1 for pixels with a defect, ``(N, h, w)``; or None. They may be mapped from the disk.
         predicted_labels: 1 for images that the model's threshold calls anomalous, else 0, ``(N,)``; or None.
     """
 
@@ -51,11 +54,13 @@ class Predictions:
     def save(self, path: Path) -> None:
         """Write a compressed NumPy archive; maps are stored as FP16, scaled into [0, 1]."""
         arrays: dict[str, Any] = {name: values for name, values in vars(self).items() if values is not None}
-        if self.maps is not None:
-            arrays["maps"] = _into_unit_range(self.maps).astype(np.float16)
-        buffer = io.BytesIO()
-        np.savez_compressed(buffer, **arrays)
-        write_file(path, buffer.getbuffer())
+        with TemporaryDirectory(ignore_cleanup_errors=True) as folder:  # Windows deletes no file that is mapped
+            if self.maps is not None:
+                scaled, limits = ArrayFile(Path(folder, "maps"), np.float16), _limits(self.maps)
+                for each in self.maps:
+                    scaled.append(_into_unit_range(each, limits)[None])
+                arrays["maps"] = scaled.read()
+            write_arrays(path, arrays)
 
 
 class ScoreRecorder(Callback):
@@ -63,21 +68,34 @@ class ScoreRecorder(Callback):
 
     anomalib's metrics read the clamped values, which gives the most anomalous images equal scores. Callbacks passed
     to the trainer run before the callbacks of the model, and so before its post-processor.
+
+    Args:
+        folder: for maps and masks, which can be larger than the memory.
     """
 
-    def __init__(self) -> None:
+    def __init__(self, folder: Path) -> None:
+        self._folder = folder
         self._batches: list[dict[str, Any]] = []
+        self._files: dict[str, ArrayFile] = {}
 
     def on_test_start(self, trainer: Trainer, pl_module: LightningModule) -> None:  # noqa: ARG002
         """Discard the predictions of an earlier test."""
         self._batches.clear()
+        for name, kind in FILES.items():
+            path = self._folder / name
+            path.unlink(missing_ok=True)
+            self._files[name] = ArrayFile(path, kind)
 
     def on_test_batch_end(self, trainer: Trainer, pl_module: LightningModule, outputs: Any, *_: Any) -> None:  # noqa: ANN401, ARG002
         """Copy a batch's scores, maps, labels and masks."""
-        names = ("pred_score", "anomaly_map", "gt_label", "gt_mask")
+        names = ("pred_score", "gt_label")
         self._batches.append(
             {"image_path": list(outputs.image_path), **{name: _copy(getattr(outputs, name, None)) for name in names}}
         )
+        for name, file in self._files.items():
+            values = _copy(getattr(outputs, name, None))
+            if values is not None:
+                file.append(values.reshape(-1, *values.shape[-2:]))  # (B, 1, h, w) to (B, h, w)
 
     def predictions(self, classes: dict[str, str]) -> Predictions:
         """Concatenate the recorded batches.
@@ -88,7 +106,8 @@ class ScoreRecorder(Callback):
         Raises:
             DskdError: scores or maps are not finite, the model predicts neither, or there are no labels.
         """
-        maps, masks = self._concatenate("anomaly_map"), self._concatenate("gt_mask")
+        paths = [path for batch in self._batches for path in batch["image_path"]]
+        maps, masks = (self._read(name, len(paths)) for name in FILES)
         scores, labels = self._concatenate("pred_score"), self._concatenate("gt_label")
         if scores is None and maps is not None:
             scores = maps.reshape(len(maps), -1).max(axis=1)
@@ -101,15 +120,19 @@ class ScoreRecorder(Callback):
         if labels is None:
             msg = "the test images have no labels, which metrics need. Give a data module with a labeled test set."
             raise DskdError(msg)
-        paths = [path for batch in self._batches for path in batch["image_path"]]
         return Predictions(
             paths=[str(Path(path).absolute()) for path in paths],  # valid from any working directory
             labels=labels.astype(np.int64).reshape(-1),
             classes=[classes.get(path, "") for path in paths],
             scores=scores.astype(np.float32).reshape(-1),
-            maps=None if maps is None else maps.reshape(len(paths), *maps.shape[-2:]).astype(np.float32),
-            masks=None if masks is None else masks.reshape(len(paths), *masks.shape[-2:]).astype(np.uint8),
+            maps=maps,
+            masks=masks,
         )
+
+    def _read(self, name: str, images: int) -> NDArray[Any] | None:
+        """Return maps or masks, unless images lack them."""
+        values = self._files[name].read()
+        return values if values is not None and len(values) == images else None
 
     def _concatenate(self, name: str) -> NDArray[Any] | None:
         values = [batch[name] for batch in self._batches]
@@ -148,19 +171,34 @@ def compute_metrics(
         Fractions; None where the images include no normal image, no defect, no maps, no masks or no labels.
     """
     labels, scores = predictions.labels[chosen], predictions.scores[chosen]
-    maps, masks = (None if values is None else values[chosen] for values in (predictions.maps, predictions.masks))
     result: dict[str, float | None] = dict.fromkeys(METRICS)
     if len(np.unique(labels)) > 1:
-        scores = _into_unit_range(scores)
+        scores = _into_unit_range(scores, _limits(scores))
         result["image_AUROC"] = _compute(AUROC, scores, labels)
         result["image_F1"] = _compute(F1Max, scores, labels)
     if predictions.predicted_labels is not None:
         result["image_F1_at_threshold"] = label_f1(predictions.predicted_labels[chosen], labels)
-    if maps is not None and masks is not None and masks.any():
-        maps = _into_unit_range(maps)
-        result["pixel_AUROC"] = _compute(AUROC, maps, masks)
-        result["AUPRO"] = _compute(AUPRO, maps, masks, fpr_limit=FPR_LIMIT)
+    result["pixel_AUROC"], result["AUPRO"] = _compute_pixel_metrics(predictions, chosen)
     return result
+
+
+def _compute_pixel_metrics(
+    predictions: Predictions, chosen: NDArray[np.bool_] | slice
+) -> tuple[float | None, float | None]:
+    maps, masks = predictions.maps, predictions.masks
+    if maps is None or masks is None:
+        return None, None
+    has_defects = False
+    metrics = PixelAUROC(), PixelAUPRO(FPR_LIMIT)
+    rows = np.arange(len(maps))[chosen]
+    images = max(1, PIXELS_AT_ONCE // maps[0].size)
+    for start in range(0, len(rows), images):
+        some = rows[start : start + images]
+        batch = torch.from_numpy(maps[some]), torch.from_numpy(masks[some])  # copies: `some` are not a slice
+        has_defects |= bool(batch[1].any())
+        for metric in metrics:
+            metric.update(*batch)
+    return (float(metrics[0].compute()), float(metrics[1].compute())) if has_defects else (None, None)
 
 
 def label_f1(predicted: NDArray[Any], labels: NDArray[Any]) -> float | None:
@@ -183,30 +221,33 @@ def compute_metrics_by_class(predictions: Predictions) -> dict[str, dict[str, fl
     return result
 
 
-def _compute(
-    metric_class: Callable[..., AnomalibMetric], predicted: NDArray[Any], truth: NDArray[Any], **arguments: float
-) -> float:
-    metric = metric_class(fields=["predicted", "truth"], **arguments)
+def _compute(metric_class: Callable[..., AnomalibMetric], predicted: NDArray[Any], truth: NDArray[Any]) -> float:
+    metric = metric_class(fields=["predicted", "truth"])
     batch = SimpleNamespace(predicted=torch.from_numpy(predicted), truth=torch.from_numpy(truth).int())
     metric.update(cast("Batch[Any]", batch))  # a metric reads only its fields of a batch
     return float(metric.compute())
 
 
-def _into_unit_range(values: NDArray[Any]) -> NDArray[np.float32]:
-    """Scale all values of a test set into [0, 1]: torchmetrics applies a sigmoid to values outside of it.
+def _limits(values: NDArray[Any]) -> tuple[float, float]:
+    return float(values.min()), float(values.max())
 
-    (:mod:`anomalib_dskd.evaluation` sees one batch at a time, and divides by a known bound.)
+
+def _into_unit_range(values: NDArray[Any], limits: tuple[float, float]) -> NDArray[np.float32]:
+    """Scale values, whose limits are those of a test set, into [0, 1].
+
+    torchmetrics applies a sigmoid to values outside of it. (:mod:`anomalib_dskd.evaluation` sees one batch at a time,
+    and divides by a known bound.)
     """
-    low, high = float(values.min()), float(values.max())
+    low, high = limits
     scaled = (values.astype(np.float64) - low) / (high - low) if high > low else np.zeros(values.shape)
     return scaled.astype(np.float32)
 
 
 def _check_finite(name: str, values: NDArray[Any]) -> None:
-    is_finite = np.isfinite(values).reshape(len(values), -1).all(axis=1)
-    if not is_finite.all():
+    unusable = sum(not np.isfinite(value).all() for value in values)
+    if unusable:
         msg = (
-            f"the {name} of {int((~is_finite).sum())} test images is not finite: the training run diverged, or the "
+            f"the {name} of {unusable} test images is not finite: the training run diverged, or the "
             "weights file lacks a layer that is used."
         )
         raise DskdError(msg)

@@ -7,7 +7,7 @@ from collections.abc import Callable
 from dataclasses import asdict, replace
 from pathlib import Path
 from tempfile import TemporaryDirectory
-from typing import Any
+from typing import Any, cast
 
 import pandas as pd
 import torch
@@ -68,21 +68,22 @@ def run_job(job: Job, folder: Path, report: Report, checkpoint: Path | None = No
     model = build_model(job)
     seed_everything(job.seed, workers=True, verbose=False)  # constructors of models draw different numbers
     report(0.0, "preparing")
-    with TemporaryDirectory(prefix="anomalib-dskd-") as scratch:
+    with TemporaryDirectory(prefix="anomalib-dskd-", ignore_cleanup_errors=True) as scratch:
         loaded = _load(checkpoint, job, model, data, Path(scratch))
         training, cost = loaded or _fit(job, model, data, report, Path(scratch))
         if checkpoint is not None and loaded is None:
             _save(checkpoint, model, training, cost)
         report(TRAINING_SHARE, "testing")
         predictions = _test(job, model, data, Path(scratch))
-    predictions.save(folder / PREDICTIONS)
-    report(TRAINING_SHARE, "computing metrics")
-    classes: dict[str, dict[str, Any]] = compute_metrics_by_class(predictions)
+        predictions.save(folder / PREDICTIONS)
+        report(TRAINING_SHARE, "computing metrics")
+        metrics, classes = compute_metrics(predictions), compute_metrics_by_class(predictions)
+        del predictions  # whose maps are in a file of this folder
     result = JobResult.of(
         job,
         status="done",
-        metrics=Metrics(**compute_metrics(predictions)),
-        classes={name: ClassMetrics(**values) for name, values in classes.items()},
+        metrics=Metrics(**metrics),
+        classes={name: ClassMetrics(**cast("dict[str, Any]", values)) for name, values in classes.items()},
         training=training,
         weights=_weights(job, model),
         machine=Machine(**describe_machine()),
@@ -206,7 +207,7 @@ def _load(
 
 
 def _test(job: Job, model: AnomalibModule, data: AnomalibDataModule, folder: Path) -> Predictions:
-    recorder = ScoreRecorder()
+    recorder = ScoreRecorder(folder)
     _engine(job, folder, [recorder]).test(model, datamodule=data, verbose=False)
     model.cpu()
     predictions = recorder.predictions(kinds_of_defects(data.test_data.samples))

@@ -233,7 +233,7 @@ def test_code_in_predictions_does_not_run(run_folder, tmp_path):
     [
         ({"scores": np.zeros(5)}, "have the shapes"),
         ({"labels": np.array(["0", "1"])}, "are not numbers"),
-        ({"maps": np.zeros((1, 8, 8))}, r"maps or masks of 2 images have the shape \(1, 8, 8\)"),
+        ({"maps": np.zeros((1, 8, 8))}, r"maps of 2 images have the shape \(1, 8, 8\)"),
         ({"maps": np.zeros((2, 8))}, r"have the shape \(2, 8\)"),
     ],
 )
@@ -244,7 +244,7 @@ def test_forged_predictions_are_refused(changes, message, run_folder):
 
 
 def test_predictions_that_would_fill_the_memory_are_not_unpacked(run_folder, monkeypatch):
-    monkeypatch.setattr("anomalib_dskd.benchmark.report.gallery.MOST_BYTES", 10_000)
+    monkeypatch.setattr("anomalib_dskd.benchmark.predictions_file.MOST_BYTES", 10_000)
     write_predictions(run_folder, ["a.png", "b.png"], masks=np.zeros((2, 200, 200), dtype=np.uint8))
     with pytest.raises(
         DataError, match="predictions.npz' cannot be read: its uncompressed size is 0.0 GiB, the limit is 0 GiB"

@@ -13,8 +13,9 @@ ALLOWED = {  # what may import what
     "training": {"training"},
     "data": {"data"},
     "check": {"check", "data"},
-    "evaluation": set(),
-    "post_processing": set(),
+    "pixel_metrics": set(),
+    "evaluation": {"pixel_metrics"},
+    "post_processing": {"pixel_metrics"},
     "pre_processing": set(),
     "visualization": {"data"},
     "models": {
@@ -27,7 +28,8 @@ ALLOWED = {  # what may import what
         "training",
         "visualization",
     },
-    "benchmark": {"benchmark", "components", "data", "evaluation"},  # models by their names in a configuration
+    # models by their names in a configuration
+    "benchmark": {"benchmark", "components", "data", "evaluation", "pixel_metrics"},
     "cli": {"benchmark", "check"},
 }
 

@@ -73,7 +73,10 @@ def middles(post_processor, maps):
 def test_with_anomalous_images_thresholds_are_just_below_anomalibs_and_the_range_is_anomalibs():
     maps, *truth = with_defects()
     ours, theirs = (validated(kind(), maps, *truth) for kind in (NormalQuantilePostProcessor, PostProcessor))
-    assert values(ours) == pytest.approx(middles(theirs, maps), rel=1e-6)
+    found, expected = values(ours), middles(theirs, maps)
+    # pixels are counted in bins of 0.05 %
+    assert found.pop("_pixel_threshold") == pytest.approx(expected.pop("_pixel_threshold"), rel=5e-4)
+    assert found == pytest.approx(expected, rel=1e-6)
     assert not any(np.isnan(value) for value in values(ours).values())
 
 
@@ -97,7 +100,7 @@ def test_the_defect_that_sets_the_threshold_is_found_on_images_and_pixels(scores
     masks = truth[:, None, None].repeat(8, axis=1).repeat(8, axis=2)
     ours = validated(NormalQuantilePostProcessor(), maps, truth, masks)
     assert ours.image_threshold.item() == pytest.approx(threshold, rel=1e-6)
-    assert ours.pixel_threshold.item() == pytest.approx(threshold, rel=1e-6)
+    assert ours.pixel_threshold.item() == pytest.approx(threshold, rel=5e-4)
     assert predicted(ours, scores)[truth].all()
 
 

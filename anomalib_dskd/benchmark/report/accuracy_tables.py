@@ -27,7 +27,7 @@ __all__ = ["ablation_table", "accuracy_tables"]
 
 F1_NOTE = (
     "Image F1 is that of the best threshold for the test images; at threshold, that of the labels that a model "
-    "predicts by the threshold from its validation."
+    "predicts by the threshold from its validation, which is fitted to the test images where they are validated on too."
 )
 LONG_TABLE = 25  # rows above which a table is folded
 

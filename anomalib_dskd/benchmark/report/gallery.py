@@ -2,7 +2,7 @@
 
 import base64
 import io
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -15,9 +15,10 @@ from PIL import Image
 from scipy.ndimage import binary_erosion
 
 from anomalib_dskd.benchmark.job_result import JobResult
+from anomalib_dskd.benchmark.predictions_file import read_arrays, read_rows, unreadable
 from anomalib_dskd.benchmark.run_folder import PREDICTIONS, job_path
 from anomalib_dskd.data.image_files import READABLE_ERRORS, open_image
-from anomalib_dskd.errors import DataError, UnsafeImageError
+from anomalib_dskd.errors import UnsafeImageError
 
 __all__ = ["Example", "Gallery", "GalleryImage", "make_gallery", "share_below"]
 
@@ -26,7 +27,7 @@ Numbers = NDArray[np.float64]
 SIDE = 192  # pixels of an image's longer side: sharp at the 6 rem of the page's style sheet, on phone screens too
 QUALITY = 80
 RANGE = (1.0, 99.9)  # percentiles of a model's maps that are drawn in the darkest and the brightest color
-MOST_BYTES = 8 * 2**30  # limit for an uncompressed predictions file: 40,000 images with maps and masks of 256x256
+MOST_SAMPLED = 10_000_000  # pixels of a job that the percentiles are computed from
 OUTLINE = (94, 214, 255)  # light blue, which the heatmap's colors do not include
 
 
@@ -128,11 +129,11 @@ def _read_ranks(run_folder: Path, result: JobResult) -> pd.DataFrame | None:
     file = job_path(run_folder, result.job) / PREDICTIONS
     if not file.is_file():
         return None
-    paths, labels, classes, scores = _read_arrays(file, "paths", "labels", "classes", "scores")
+    paths, labels, classes, scores = read_arrays(file, "paths", "labels", "classes", "scores")
     shapes = {array.shape for array in (paths, labels, classes, scores)}
     if len(shapes) != 1 or labels.ndim != 1 or not all(np.issubdtype(a.dtype, np.number) for a in (labels, scores)):
         reason = f"paths, labels, classes and scores have the shapes {sorted(shapes)}, or are not numbers"
-        raise _unreadable(file, reason)
+        raise unreadable(file, reason)
     is_defect, scores = labels > 0, scores.astype(np.float64)
     if is_defect.all() or not is_defect.any():
         return None
@@ -149,26 +150,6 @@ def _read_ranks(run_folder: Path, result: JobResult) -> pd.DataFrame | None:
             ),
             "share_of_all": share_below(scores, scores),
         }
-    )
-
-
-def _read_arrays(file: Path, *names: str) -> list[NDArray[Any]]:
-    """Read arrays of a predictions file; a missing array is empty."""
-    try:
-        with file.open("rb") as opened, np.load(opened, allow_pickle=False) as arrays:
-            size = sum(info.file_size for info in arrays.zip.infolist())
-            if size > MOST_BYTES:
-                msg = f"its uncompressed size is {size / 2**30:.1f} GiB, the limit is {MOST_BYTES / 2**30:.0f} GiB"
-                raise ValueError(msg)
-            return [arrays[name] if name in arrays else np.zeros(0) for name in names]
-    except Exception as error:  # a damaged or forged archive raises errors of many types
-        raise _unreadable(file, str(error) or type(error).__name__) from error
-
-
-def _unreadable(file: Path, reason: str) -> DataError:
-    return DataError(
-        f"predictions {str(file)!r} cannot be read: {reason}. Delete the file to write the report without its images; "
-        "or remove the job's line from results.jsonl, and run the benchmark again."
     )
 
 
@@ -193,18 +174,34 @@ def _read_maps(ranks: pd.DataFrame) -> tuple[dict[tuple[str, str], Numbers], dic
     maps: dict[tuple[str, str], Numbers] = {}
     masks: dict[str, NDArray[np.bool_]] = {}
     for (model, file), of_job in ranks.groupby(["model", "file"], sort=False):
-        paths, job_maps, job_masks = _read_arrays(file, "paths", "maps", "masks")
-        for array in (job_maps, job_masks):
-            if array.size and (array.ndim != 3 or len(array) != len(paths)):  # noqa: PLR2004 - (N, h, w)
-                raise _unreadable(file, f"maps or masks of {len(paths)} images have the shape {array.shape}")
-        low, high = np.percentile(job_maps.astype(np.float32), RANGE) if job_maps.size else (0.0, 0.0)
-        for path, row in zip(of_job.path, of_job.row, strict=True):
-            if job_maps.size:
-                scaled = (job_maps[row].astype(np.float64) - low) / (high - low) if high > low else job_maps[row] * 0.0
-                maps[path, model] = np.nan_to_num(np.clip(scaled, 0, 1))
-            if job_masks.size:
-                masks.setdefault(path, job_masks[row] > 0)
+        path_of = dict(zip(of_job.row, of_job.path, strict=True))
+        number = len(read_arrays(file, "scores")[0])
+        chosen, low, high = _read_job_maps(file, path_of, number)
+        for path, values in chosen.items():
+            scaled = (values.astype(np.float64) - low) / (high - low) if high > low else values * 0.0
+            maps[path, model] = np.nan_to_num(np.clip(scaled, 0, 1))
+        for path, values in _choose_rows(read_rows(file, "masks", number), path_of):
+            masks.setdefault(path, values > 0)
     return maps, masks
+
+
+def _read_job_maps(file: Path, path_of: Mapping[int, str], number: int) -> tuple[dict[str, NDArray[Any]], float, float]:
+    """Return the maps of chosen images by path, and the percentiles :data:`RANGE` of the job's maps."""
+    sampled: list[NDArray[Any]] = []
+
+    def sample(rows: Iterable[NDArray[Any]]) -> Iterator[NDArray[Any]]:
+        for row in rows:
+            step = -(-number * row.size // MOST_SAMPLED)  # rounded up
+            sampled.append(row.ravel()[::step].astype(np.float32))
+            yield row
+
+    chosen = dict(_choose_rows(sample(read_rows(file, "maps", number)), path_of))
+    low, high = np.percentile(np.concatenate(sampled), RANGE) if sampled else (0.0, 0.0)
+    return chosen, float(low), float(high)
+
+
+def _choose_rows(rows: Iterable[NDArray[Any]], path_of: Mapping[int, str]) -> Iterator[tuple[str, NDArray[Any]]]:
+    return ((path_of[index], row) for index, row in enumerate(rows) if index in path_of)
 
 
 # --- drawing -----------------------------------------------------------------------------------------------------

@@ -237,7 +237,7 @@ def test_a_shared_training_run_gives_the_same_results_as_a_separate_one(argument
     ]
     assert [weights.file for weights in results["shared"].weights] == [f"{TEACHER}.safetensors"]
     assert results["shared"].cost.trained_parameters == results["separate"].cost.trained_parameters > 0
-    assert vars(results["shared"].metrics) == pytest.approx(vars(results["separate"].metrics), abs=1e-6)
+    assert vars(results["shared"].metrics) == pytest.approx(vars(results["separate"].metrics), abs=1e-4)
     maps = {name: np.load(tmp_path / name / "predictions.npz")["maps"] for name in results}
     np.testing.assert_allclose(maps["shared"], maps["separate"], atol=1e-3)  # stored as FP16
     assert np.abs(maps["shared"] - maps["first"]).max() > 5e-3
