@@ -46,6 +46,7 @@ SIBLING_VARIANTS = [
     (Tad, {"assistant": None, "image_size": (75, 100)}),
 ]
 pytestmark = [
+    pytest.mark.no_cover,  # coverage makes an export by torch twice as slow, and other tests run the same code
     # of torch's exporter and its dependencies
     pytest.mark.filterwarnings("ignore::DeprecationWarning"),
     pytest.mark.filterwarnings("ignore::FutureWarning"),

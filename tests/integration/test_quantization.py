@@ -115,6 +115,7 @@ def assert_networks_are_quantised_and_the_map_is_not(int8: openvino.Model) -> No
 
 
 @pytest.mark.slow
+@pytest.mark.no_cover  # as in test_export.py
 @pytest.mark.parametrize(
     ("kind", "arguments"),
     [(Afkd, {}), (Dtgd, {}), (Tad, {"assistant": "test_efficientnet"})],
@@ -217,6 +218,7 @@ def test_a_failed_export_leaves_no_file(model, data, tmp_path, monkeypatch):
     assert not [path for path in tmp_path.rglob("*") if path.suffix in {".xml", ".bin"}]
 
 
+@pytest.mark.no_cover  # as in test_export.py
 def test_the_floating_point_models_own_thresholds_are_found_again(model, data, tmp_path):
     given = copy.deepcopy(model)
     given.post_processor.enable_normalization = True
