@@ -77,9 +77,9 @@ class AnomalyMapGenerator(nn.Module):
 
     def forward(self, first: Sequence[Tensor], second: Sequence[Tensor], size: tuple[int, int]) -> Tensor:
         """Map two pyramids, each one ``(B, C_k, H_k, W_k)`` per level, to a map ``(B, 1, H, W)`` in FP32."""
-        return self.smooth(self.sum(first, second, size))
+        return self.smooth(self.sum_levels(first, second, size))
 
-    def sum(self, first: Sequence[Tensor], second: Sequence[Tensor], size: tuple[int, int]) -> Tensor:
+    def sum_levels(self, first: Sequence[Tensor], second: Sequence[Tensor], size: tuple[int, int]) -> Tensor:
         """Return the map before the blur, Eq. (8)."""
         with _without_autocast(first[0].device.type):
             maps = [discrepancy(a, b, l2_weight=self.l2_weight) for a, b in zip(first, second, strict=True)]

@@ -80,7 +80,7 @@ class Backbone(nn.Module):
         super().__init__()
         check_teacher(name, role=role)
         if not isinstance(layers, (list, tuple)) or not all(isinstance(index, int) for index in layers):
-            msg = f"layers {layers!r} must be a list of whole numbers, indices into the feature levels of the {role}."
+            msg = f"layers {layers!r} must be a list of integers, indices into the feature levels of the {role}."
             raise ArgumentError(msg)
         self.name = name
         self.layers = tuple(layers)

@@ -31,7 +31,7 @@ class DeepFeatureEmbedding(nn.Module):
             shortcut. Two match the parameter count of the paper's Table 6 (39.3 M).
 
     Raises:
-        ArgumentError: fewer than one block, or no whole number.
+        ArgumentError: fewer than one block, or not an integer.
     """
 
     def __init__(self, levels: Sequence[FeatureLevel], blocks: int = 2) -> None:

@@ -26,7 +26,7 @@ class PseudoDefects:
     Args:
         mean: mean that the images are normalized with, one value per channel.
         std: standard deviation that the images are normalized with, one value per channel.
-        seed: whole number, or None for the last seed of PyTorch's generator.
+        seed: integer, or None for the last seed of PyTorch's generator.
         probability: probability that an image gets a defect.
 
     Raises:

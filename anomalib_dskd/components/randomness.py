@@ -13,7 +13,7 @@ def seeded(seed: int | None) -> Iterator[None]:
     """Seed PyTorch's CPU generator within the context, and restore its state afterwards.
 
     Args:
-        seed: whole number, or None to change nothing.
+        seed: integer, or None to change nothing.
 
     Example:
         >>> with seeded(1):

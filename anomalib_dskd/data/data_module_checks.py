@@ -66,10 +66,10 @@ def check_seed(seed: int) -> None:
     """Check that ``seed`` can seed a split.
 
     Raises:
-        ArgumentError: it is negative or not a whole number.
+        ArgumentError: it is negative or not an integer.
     """
     if not isinstance(seed, int) or seed < 0:
-        msg = f"seed {seed!r} must be a whole number, 0 or larger."
+        msg = f"seed {seed!r} must be an integer, 0 or larger."
         raise ArgumentError(msg)
 
 

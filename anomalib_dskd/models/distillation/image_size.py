@@ -28,7 +28,7 @@ def resolve_pre_processor(
     """Return the given pre-processor, or the teacher's for an image size.
 
     Raises:
-        ArgumentError: both are given, the size is not one or two positive whole numbers, or the pre-processor does not
+        ArgumentError: both are given, the size is not one or two positive integers, or the pre-processor does not
             normalize as the teacher's training did.
     """
     if pre_processor is not True:
@@ -42,7 +42,7 @@ def resolve_pre_processor(
     size = [extent for extent in given if type(extent) is int and extent > 0]  # bool is a subclass of int
     if len(given) != 2 or len(size) != 2:  # noqa: PLR2004 - height and width
         msg = (
-            f"image_size {image_size!r} must be one number of pixels, or height and width, each a whole number and at "
+            f"image_size {image_size!r} must be one number of pixels, or height and width, each an integer and at "
             "least 1."
         )
         raise ArgumentError(msg)

@@ -123,7 +123,7 @@ class DistillationModel(nn.Module):
         levels = self.map_levels
         height, width = images.shape[-2:]
         pyramids = [first[k] for k in levels], [second[k] for k in levels]
-        return self.anomaly_map_generator.sum(*pyramids, (height, width))
+        return self.anomaly_map_generator.sum_levels(*pyramids, (height, width))
 
     def check_size(self, height: int, width: int) -> None:
         """Raise unless the networks and the blur can work on images of this size.

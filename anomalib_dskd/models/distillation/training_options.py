@@ -56,16 +56,13 @@ class TrainingOptions:
             msg = f"betas {self.betas!r} must be two numbers from 0 up to, not including, 1."
             raise ArgumentError(msg)
         if self.seed is not None and not (type(self.seed) is int and 0 <= self.seed <= LARGEST_SEED):
-            msg = f"seed {self.seed!r} must be a whole number from 0 to {LARGEST_SEED}, or none for a random one."
+            msg = f"seed {self.seed!r} must be an integer from 0 to {LARGEST_SEED}, or none for a random one."
             raise ArgumentError(msg)
         self._check_averaging()
 
     def _check_averaging(self) -> None:
         if not (type(self.batch_norm_images) is int and self.batch_norm_images >= 0):
-            msg = (
-                f"batch_norm_images {self.batch_norm_images!r} must be a whole number of images, or 0 for running "
-                "averages."
-            )
+            msg = f"batch_norm_images {self.batch_norm_images!r} must be a positive integer, or 0 for running averages."
             raise ArgumentError(msg)
         if not (is_number(self.ema_decay) and 0 <= self.ema_decay < 1):
             msg = f"ema_decay {self.ema_decay!r} must be a number from 0, for no average, up to, not including, 1."

@@ -266,7 +266,7 @@ def test_validation_without_images_is_refused(magnetic_tile_root, mode, why):
 
 @pytest.mark.parametrize("seed", [-1, 1.5, None])
 def test_seed_that_cannot_seed_is_refused(magnetic_tile_root, seed):
-    with pytest.raises(ArgumentError, match=f"seed {seed} must be a whole number, 0 or larger"):
+    with pytest.raises(ArgumentError, match=f"seed {seed} must be an integer, 0 or larger"):
         MagneticTile(magnetic_tile_root, seed=seed)
 
 

@@ -27,7 +27,7 @@ MAX_ROWS = 20  # of the table on the screen
 
 
 class ReportPredictions(Callback):
-    """Writes ``predictions.csv`` beside the images with anomaly maps; anomalib's command prints a table too.
+    """Writes ``predictions.csv`` next to the images with anomaly maps; anomalib's command prints a table too.
 
     The file has a line per image: file, score, verdict (``anomalous`` or ``normal``, empty without a threshold), and in
     a test the ground truth. Without a visualizer, Python writes none, and the command writes it to the folder of

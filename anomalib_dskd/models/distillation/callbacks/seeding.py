@@ -22,7 +22,7 @@ class SeedTraining(Callback):
     """Makes all random numbers of an epoch a function of a seed and the epoch's number.
 
     Args:
-        seed: whole number from 0 up.
+        seed: integer from 0 up.
     """
 
     def __init__(self, seed: int) -> None:
@@ -83,7 +83,7 @@ def seed_pseudo_defects(data: AnomalibDataModule, seed: int) -> None:
 
     Args:
         data: has been set up.
-        seed: whole number from 0 up.
+        seed: integer from 0 up.
     """
     dataset = getattr(data, "val_data", None)
     if data.val_split_mode != ValSplitMode.SYNTHETIC or not isinstance(dataset, SyntheticAnomalyDataset):
