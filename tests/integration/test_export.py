@@ -23,6 +23,7 @@ TOLERANCE = 1e-4
 F32 = {"INFERENCE_PRECISION_HINT": "f32"}  # OpenVINO would run in bfloat16 where the processor has it
 TEACHERS = [
     ("resnet18", (1, 2, 3)),
+    ("wide_resnet50_2", (1, 2, 3)),
     ("tf_efficientnet_lite0", (1, 2, 3)),
     ("mobilenetv3_small_100", (1, 2, 3)),
     ("convnext_atto", (0, 1, 2)),
@@ -40,10 +41,13 @@ SIBLINGS = [
 ]
 SIBLING_VARIANTS = [
     (Afkd, {"fusion": "equal", "image_size": (75, 100)}),
+    (Afkd, {"teacher": "convnext_atto", "layers": (0, 1, 2)}),
     (Afkd, {"teacher": "tf_efficientnet_lite0"}),
     (Dtgd, {"gate": False, "image_size": (75, 100), "sigma": 0.0}),
     (Dtgd, {"teacher": "convnext_atto", "layers": (0, 1, 2)}),
+    (Dtgd, {"teacher": "tf_efficientnet_lite0"}),
     (Tad, {"assistant": None, "image_size": (75, 100)}),
+    (Tad, {"teacher": "convnext_atto", "layers": (0, 1, 2)}),
 ]
 pytestmark = [
     pytest.mark.no_cover,  # coverage makes an export by torch twice as slow, and other tests run the same code
