@@ -104,7 +104,7 @@ class ScoreCounts(Metric):
         anomalous = torch.bincount(bins[is_anomalous], weights[is_anomalous], minlength=BINS).float()
         for counts, added in ((self.normal_counts, normal), (self.anomalous_counts, anomalous)):
             if counts:
-                counts[0] = counts[0] + added.to(self.device)
+                counts[0] = counts[0] + added.to(counts[0].device)  # the CPU, with anomalib's `compute_on_cpu`
             else:
                 counts.append(added.to(self.device))
 

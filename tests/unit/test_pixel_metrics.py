@@ -62,6 +62,14 @@ def test_areas_do_not_depend_on_batches_or_processes():
         assert first.compute().item() == pytest.approx(expected, abs=1e-7)
 
 
+def test_counts_may_lie_on_another_device_than_the_metric():
+    """On a GPU, anomalib's evaluator moves them to the CPU after each batch (``compute_on_cpu``)."""
+    maps, masks = images()
+    metric = updated(PixelAUROC(), maps[:5], masks[:5])
+    metric._device = torch.device("meta")
+    assert updated(metric, maps[5:], masks[5:]).compute() == updated(PixelAUROC(), maps, masks).compute()
+
+
 def test_memory_does_not_grow_with_the_number_of_images():
     metric = PixelAUROC()
     assert not metric.normal_counts
