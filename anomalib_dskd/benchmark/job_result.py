@@ -90,11 +90,12 @@ class Weights:
 
 @dataclass(frozen=True)
 class Machine:
-    """Processor, platform and versions of packages."""
+    """Processor, GPU if it was used, platform and versions of packages."""
 
     cpu: str | None = None
     cores: int | None = None
     threads: int | None = None
+    gpu: str | None = None
     platform: str | None = None
     python: str | None = None
     anomalib: str | None = None

@@ -86,7 +86,7 @@ def run_job(job: Job, folder: Path, report: Report, checkpoint: Path | None = No
         classes={name: ClassMetrics(**cast("dict[str, Any]", values)) for name, values in classes.items()},
         training=training,
         weights=_weights(job, model),
-        machine=Machine(**describe_machine()),
+        machine=Machine(**describe_machine(job.accelerator)),
         started=started,
         **({"epochs": training.epochs, "epochs_source": SET_BY_MODEL} if _sets_epochs(job, model) else {}),
     )

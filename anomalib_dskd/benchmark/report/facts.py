@@ -85,10 +85,11 @@ def list_facts(results: Sequence[JobResult], plan: Sequence[Mapping[str, Any]]) 
         "epochs": list_values(results, "epochs"),
         "run": " to ".join(dict.fromkeys((times[0], times[-1]))) + " UTC" if times else "",
         "processor": "; ".join(dict.fromkeys(f"{machine.cpu}, {machine.cores} cores" for machine in machines)),
+        "GPU": "; ".join(dict.fromkeys(machine.gpu for machine in machines if machine.gpu)),
         "weights": ", ".join(sorted(weights)) or "each model's default, which may differ between models",
         "commit": ", ".join(dict.fromkeys(machine.commit for machine in machines if machine.commit)),
     }
-    return [(name, text or NOT_MEASURED) for name, text in facts.items() if text or name != "to do"]
+    return [(name, text or NOT_MEASURED) for name, text in facts.items() if text or name not in {"to do", "GPU"}]
 
 
 def _text_columns(*labels: str) -> list[Column]:

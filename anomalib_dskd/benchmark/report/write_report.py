@@ -7,7 +7,7 @@ at the precision shown; the DSKD paper's results are next to ours where it has t
 import json
 from collections import defaultdict
 from collections.abc import Iterable, Mapping
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, fields
 from operator import attrgetter
 from pathlib import Path
 from typing import Any
@@ -15,7 +15,7 @@ from typing import Any
 import pandas as pd
 from jinja2 import Environment, FileSystemLoader, StrictUndefined
 
-from anomalib_dskd.benchmark.job_result import JobResult
+from anomalib_dskd.benchmark.job_result import JobResult, Machine
 from anomalib_dskd.benchmark.report import facts, paper
 from anomalib_dskd.benchmark.report.accuracy_tables import ablation_table, accuracy_tables
 from anomalib_dskd.benchmark.report.cost_table import cost_table, list_points
@@ -42,8 +42,7 @@ CSV_COLUMNS: Mapping[str, str] = {  # fields of a job's result
     "throughput_batch": "speed.throughput_batch",
     **{name: f"cost.{name}" for name in ("peak_memory_mib", "parameters", "trained_parameters", "macs", "export_mib")},
     **{name: name for name in ("classes", "notes", "weights")},
-    **{name: f"machine.{name}" for name in ("cpu", "cores", "threads", "platform", "python", "anomalib", "torch")},
-    **{name: f"machine.{name}" for name in ("openvino", "timm", "anomalib_dskd", "commit")},
+    **{field.name: f"machine.{field.name}" for field in fields(Machine)},
     **{name: name for name in ("started", "finished")},
 }
 FORMULA = ("=", "+", "-", "@", "\t", "\r")  # first characters of a text that a spreadsheet evaluates

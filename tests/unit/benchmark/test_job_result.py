@@ -54,7 +54,7 @@ def test_measurements_may_be_missing_or_not_finite():
         ({"category": 5}, "^category 5 is not a string or null$"),
         ({"image_size": [128, "128"]}, "^image_size.1 '128' is not an integer$"),
         ({"accuracy": 1, "score": 2}, "^accuracy is not a field of a result; score is not a field of a result$"),
-        ({"machine": {"gpu": "none"}}, "^machine.gpu is not a field of a result$"),
+        ({"machine": {"tpu": "none"}}, "^machine.tpu is not a field of a result$"),
         ({"classes": {"Crack": {"AUPRO": "high"}}}, "^classes.Crack.AUPRO 'high' is not a number or null$"),
         ({"notes": [["a note"]]}, r"^notes.0 \['a note'\] is not a string$"),
     ],

@@ -314,8 +314,12 @@ def test_results_stay_in_the_run_folder(job, tmp_path):
     assert not list(tmp_path.iterdir())
 
 
-def test_a_machine_is_described():
-    described = describe_machine()
+def test_a_machine_is_described(monkeypatch):
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
+    monkeypatch.setattr(torch.cuda, "get_device_name", lambda: "a GPU")
+    assert describe_machine("auto")["gpu"] == "a GPU"
+    described = describe_machine("cpu")
+    assert described["gpu"] is None
     assert described["cores"] >= 1
     assert described["torch"].startswith("2.")
     assert described["anomalib_dskd"]
