@@ -19,11 +19,13 @@ import timm
 import torch
 from anomalib.engine import Engine
 from hypothesis import settings
+from lightning import Trainer
 from PIL import Image
 from safetensors.torch import save_file
 from scipy.ndimage import label as connected_regions
 
 from anomalib_dskd import Dskd
+from anomalib_dskd.models.distillation.lightning_model import DistillationModule
 
 torch.set_num_threads(1)  # the networks are tiny: threads would cost more than they bring
 
@@ -57,6 +59,16 @@ def engine(folder: Path, **arguments) -> Engine:
     """anomalib's engine on one CPU, without a word."""
     quiet = {"logger": False, "enable_progress_bar": False, "enable_model_summary": False}
     return Engine(**{"default_root_dir": folder, "accelerator": "cpu", "devices": 1, **quiet, **arguments})
+
+
+def at_step(model: DistillationModule, step: int) -> DistillationModule:
+    """Let a model believe that it has been trained for that many of ten steps."""
+    model.load_teacher_weights()
+    model.trainer = Trainer(max_steps=10, accelerator="cpu", logger=False, enable_checkpointing=False)
+    model.trainer.fit_loop.epoch_loop.automatic_optimization.optim_progress.optimizer.step.total.completed = step
+    model.planned_steps = 10
+    assert model.global_step == step
+    return model.train()
 
 
 def png_chunk(kind: bytes, content: bytes) -> bytes:

@@ -6,7 +6,9 @@ import torch
 from torch import Tensor
 from torch.nn import functional as F  # noqa: N812
 
-__all__ = ["discrepancy", "distillation_loss", "pooled_discrepancy"]
+__all__ = ["discrepancy", "distillation_loss", "mine_hard_pixels", "pooled_discrepancy"]
+
+EASY_GRADIENT = 0.1  # of the gradient of pixels that are not mined, as in Dinomaly
 
 
 def discrepancy(first: Tensor, second: Tensor, *, l2_weight: float) -> Tensor:
@@ -72,7 +74,35 @@ def pooled_discrepancy(first: Tensor, second: Tensor, *, l2_weight: float, size:
     return (1 + l2_weight) / 2 * mean.square().sum(dim=1, keepdim=True)
 
 
-def distillation_loss(teacher: Sequence[Tensor], student: Sequence[Tensor], *, l2_weight: float) -> Tensor:
+def mine_hard_pixels(values: Tensor, share: float) -> Tensor:
+    """Return the same values, the smallest of which pass on only a tenth of the gradient: hard mining.
+
+    Most pixels of normal images are soon reconstructed well. Without mining, they go on training a student, which also
+    learns to reconstruct what it has never seen. From ReContrast (https://arxiv.org/abs/2306.02602); the fixed share
+    and the factor are those of Dinomaly (https://arxiv.org/abs/2405.14325), whose share is 0.9.
+
+    Args:
+        values: discrepancies of all pixels of a batch, of any shape.
+        share: of the values, the smallest, whose gradient is reduced; from 0 up to, not including, 1.
+
+    Example:
+        >>> values = torch.tensor([4.0, 1.0, 2.0, 3.0], requires_grad=True)
+        >>> mined = mine_hard_pixels(values, 0.5)
+        >>> mined.sum().backward()
+        >>> mined.detach(), values.grad
+        (tensor([4., 1., 2., 3.]), tensor([1.0000, 0.1000, 0.1000, 1.0000]))
+    """
+    number = int(share * values.numel())
+    if number == 0:
+        return values
+    fixed = values.detach()
+    limit = fixed.flatten().sort().values[number - 1]
+    return torch.where(values > limit, values, fixed + EASY_GRADIENT * (values - fixed))
+
+
+def distillation_loss(
+    teacher: Sequence[Tensor], student: Sequence[Tensor], *, l2_weight: float, hard_mining: float = 0.0
+) -> Tensor:
     r"""Average the discrepancy over pixels, levels and images: the loss of one student, Eq. (7).
 
     .. math::
@@ -82,9 +112,10 @@ def distillation_loss(teacher: Sequence[Tensor], student: Sequence[Tensor], *, l
         teacher: features of the teacher, one ``(B, C_k, H_k, W_k)`` per level.
         student: features of the student, of the same shapes.
         l2_weight: lambda of Eq. (6).
+        hard_mining: share of each level's pixels for :func:`mine_hard_pixels`; the value of the loss stays Eq. (7).
 
     Returns:
         Scalar, averaged over the batch.
     """
-    levels = [discrepancy(t, s, l2_weight=l2_weight).mean() for t, s in zip(teacher, student, strict=True)]
-    return torch.stack(levels).mean()
+    maps = [discrepancy(t, s, l2_weight=l2_weight) for t, s in zip(teacher, student, strict=True)]
+    return torch.stack([mine_hard_pixels(level, hard_mining).mean() for level in maps]).mean()

@@ -223,6 +223,7 @@ _SETTINGS = {
     "learning_rate": 1e-3,
     "schedule": "constant",
     "betas": [0.5, 0.999],
+    "hard_mining": 0.0,
 }
 """Arguments that the paper sets and its ablations do not change."""
 

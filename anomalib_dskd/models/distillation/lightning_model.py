@@ -81,6 +81,9 @@ class DistillationModule(ExportMixin, CheckpointMixin):
             nearly 0. Default: constant (section 4.1.2).
         betas: of Adam. Default: (0.5, 0.999) (section 4.1.2).
         weight_decay: of Adam. Default: 0; the paper gives none.
+        hard_mining: share of each level's pixels, those that a student reconstructs best in a batch, that train it with
+            a tenth of their gradient, such as 0.7. Students then learn less to reconstruct defects, see
+            ``docs/recommended.md``. Default: 0, as in the paper, Eq. (7).
         batch_norm_images: training images from which batch-norm statistics are re-estimated before each
             evaluation within training; 0 keeps the running averages. Default, our choice: 256, see
             ``docs/deviations.md``.
@@ -120,6 +123,7 @@ class DistillationModule(ExportMixin, CheckpointMixin):
         schedule: Schedule = "constant",
         betas: tuple[float, float] = (0.5, 0.999),
         weight_decay: float = 0.0,
+        hard_mining: float = 0.0,
         batch_norm_images: int = 256,
         ema_decay: float = 0.0,
         teacher_cache: float = 1.0,

@@ -31,6 +31,7 @@ class TrainingOptions:
     schedule: Schedule
     betas: tuple[float, float]
     weight_decay: float
+    hard_mining: float
     batch_norm_images: int
     ema_decay: float
     teacher_cache: float
@@ -54,6 +55,9 @@ class TrainingOptions:
         betas = self.betas if isinstance(self.betas, (list, tuple)) else ()
         if len(betas) != 2 or not all(is_number(beta) and 0 <= beta < 1 for beta in betas):  # noqa: PLR2004 - of Adam
             msg = f"betas {self.betas!r} must be two numbers from 0 up to, not including, 1."
+            raise ArgumentError(msg)
+        if not (is_number(self.hard_mining) and 0 <= self.hard_mining < 1):
+            msg = f"hard_mining {self.hard_mining!r} must be a number from 0, for none, up to, not including, 1."
             raise ArgumentError(msg)
         if self.seed is not None and not (type(self.seed) is int and 0 <= self.seed <= LARGEST_SEED):
             msg = f"seed {self.seed!r} must be an integer from 0 to {LARGEST_SEED}, or none for a random one."

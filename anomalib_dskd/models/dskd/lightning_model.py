@@ -82,7 +82,7 @@ class Dskd(DistillationModule, AnomalibModule):
                 embedding_gradient=embedding_gradient,
                 l2_weight=l2_weight,
             )
-        self.loss = DskdLoss(l2_weight=l2_weight)
+        self.loss = DskdLoss(l2_weight=l2_weight, hard_mining=self.options.hard_mining)
         self.check_image_size()
 
     def compute_losses(self, batch: ImageBatch) -> dict[str, Tensor]:

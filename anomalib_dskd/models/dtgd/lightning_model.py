@@ -77,7 +77,9 @@ class Dtgd(DistillationModule, AnomalibModule):
         seed, teacher = self.options.seed, self.network_arguments["teacher"]
         with seeded(seed):
             self.model = DtgdModel(**self.network_arguments, gate=gate, embedding_blocks=embedding_blocks)
-        self.loss = DtgdLoss(margin=margin, dissimilarity_weight=dissimilarity_weight)
+        self.loss = DtgdLoss(
+            margin=margin, dissimilarity_weight=dissimilarity_weight, hard_mining=self.options.hard_mining
+        )
         self.pseudo_defects = PseudoDefects(*get_normalization(teacher), seed=seed, probability=defect_probability)
         self.check_image_size()
 

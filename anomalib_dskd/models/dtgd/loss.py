@@ -52,12 +52,14 @@ class DtgdLoss(nn.Module):
     Args:
         margin: see :func:`dissimilarity_loss`.
         dissimilarity_weight: of the dissimilarity; each consistency has 1.
+        hard_mining: share of the pixels whose gradient of the consistency is reduced.
     """
 
-    def __init__(self, *, margin: float, dissimilarity_weight: float) -> None:
+    def __init__(self, *, margin: float, dissimilarity_weight: float, hard_mining: float = 0.0) -> None:
         super().__init__()
         self.margin = margin
         self.dissimilarity_weight = dissimilarity_weight
+        self.hard_mining = hard_mining
 
     def forward(
         self,
@@ -68,7 +70,8 @@ class DtgdLoss(nn.Module):
     ) -> dict[str, Tensor]:
         """Map pyramids to the losses ``encoder``, ``decoder`` and ``dissimilarity``, the last one weighted."""
         losses = {
-            name: distillation_loss(normal_teacher, features, l2_weight=0.0) for name, features in students.items()
+            name: distillation_loss(normal_teacher, features, l2_weight=0.0, hard_mining=self.hard_mining)
+            for name, features in students.items()
         }
         dissimilarity = dissimilarity_loss(students["decoder"], anomaly_teacher, masks, margin=self.margin)
         return {**losses, "dissimilarity": self.dissimilarity_weight * dissimilarity}

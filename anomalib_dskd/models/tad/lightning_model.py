@@ -215,13 +215,12 @@ class Tad(DistillationModule, AnomalibModule):
         images = torch.as_tensor(batch.image)
         teacher = self.model.teacher_features(images)
         if self.is_assistant_phase:
-            return {"assistant": distillation_loss(teacher, self._assist(batch, teacher), l2_weight=0.0)}
+            return {"assistant": self._distill(teacher, self._assist(batch, teacher))}
         student = self.model.student(images)
         losses = self._guide(batch, teacher, student)
         if self.inverse_weight > 0:
             damaged, _ = self.pseudo_defects(images, batch.image_path, epoch=self.current_epoch)
-            inverse = distillation_loss(teacher, self.model.student(damaged), l2_weight=0.0)
-            losses["inverse"] = self.inverse_weight * inverse
+            losses["inverse"] = self.inverse_weight * self._distill(teacher, self.model.student(damaged))
         return losses
 
     def run_students(self, batch: ImageBatch) -> None:
@@ -230,18 +229,21 @@ class Tad(DistillationModule, AnomalibModule):
 
     def _guide(self, batch: ImageBatch, teacher: list[Tensor], student: list[Tensor]) -> dict[str, Tensor]:
         if self.assistant is None:
-            return {"from_teacher": distillation_loss(teacher, student, l2_weight=0.0)}
+            return {"from_teacher": self._distill(teacher, student)}
         with torch.no_grad():
             guides = [teacher, self._assist(batch, teacher)]
         if self.attention is None:
             weights = torch.full((len(teacher[0]), len(teacher), len(guides)), 1 / len(guides), device=self.device)
         else:
             weights = self.attention(student, guides)  # (B, K, 2)
-        from_teacher, from_assistant = guidance_losses(student, guides, weights)
+        from_teacher, from_assistant = guidance_losses(student, guides, weights, hard_mining=self.options.hard_mining)
         losses = {"from_teacher": from_teacher, "from_assistant": from_assistant}
         if self.attention is not None:
             losses["entropy"] = self.entropy_weight * entropy_loss(weights)
         return losses
+
+    def _distill(self, teacher: list[Tensor], features: list[Tensor]) -> Tensor:
+        return distillation_loss(teacher, features, l2_weight=0.0, hard_mining=self.options.hard_mining)
 
     def _assist(self, batch: ImageBatch, teacher: list[Tensor]) -> list[Tensor]:
         """Return the assistant's features in the teacher's shapes."""

@@ -6,12 +6,14 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor
 
-from anomalib_dskd.components.discrepancy import discrepancy
+from anomalib_dskd.components.discrepancy import discrepancy, mine_hard_pixels
 
 __all__ = ["entropy_loss", "guidance_losses"]
 
 
-def guidance_losses(student: Sequence[Tensor], guides: Sequence[Sequence[Tensor]], weights: Tensor) -> Tensor:
+def guidance_losses(
+    student: Sequence[Tensor], guides: Sequence[Sequence[Tensor]], weights: Tensor, *, hard_mining: float = 0.0
+) -> Tensor:
     r"""Return what each guide contributes to the student's loss, averaged over images and levels.
 
     .. math:: \ell_g = \frac{1}{B K} \sum_{b,k} w_{bkg} \frac{1}{h_k w_k} \sum_{ij} (1 - \cos(s^{bk}_{ij}, g^{bk}_{ij}))
@@ -20,12 +22,15 @@ def guidance_losses(student: Sequence[Tensor], guides: Sequence[Sequence[Tensor]
         student: the student's features, one ``(B, C_k, H_k, W_k)`` tensor per level.
         guides: ``G`` pyramids of the same shapes.
         weights: ``(B, K, G)``.
+        hard_mining: share of the pixels whose gradient is reduced.
 
     Returns:
         Losses ``(G,)``.
     """
     distances = [
-        torch.stack([_distance(level, target) for level, target in zip(student, guide, strict=True)], dim=1)  # (B, K)
+        torch.stack(  # (B, K)
+            [_distance(level, target, hard_mining) for level, target in zip(student, guide, strict=True)], dim=1
+        )
         for guide in guides
     ]
     return (weights * torch.stack(distances, dim=2)).mean(dim=(0, 1))  # (B, K, G) to (G,)
@@ -52,6 +57,6 @@ def entropy_loss(weights: Tensor) -> Tensor:
     return math.log(weights.shape[-1]) + torch.xlogy(weights, weights).sum(dim=-1).mean()
 
 
-def _distance(first: Tensor, second: Tensor) -> Tensor:
+def _distance(first: Tensor, second: Tensor, hard_mining: float) -> Tensor:
     """Average the discrepancy over pixels: two ``(B, C, H, W)`` to ``(B,)``."""
-    return discrepancy(first, second, l2_weight=0.0).mean(dim=(1, 2, 3))
+    return mine_hard_pixels(discrepancy(first, second, l2_weight=0.0), hard_mining).mean(dim=(1, 2, 3))

@@ -9,6 +9,7 @@ from pathlib import Path
 
 import pytest
 import torch
+from anomalib.data import ImageBatch
 from anomalib.models import get_model, list_models
 from anomalib.models.components import AnomalibModule
 from jsonargparse import ArgumentParser
@@ -30,7 +31,7 @@ from anomalib_dskd.models.distillation.callbacks import EvaluationWeights
 from anomalib_dskd.models.distillation.lightning_model import DistillationModule
 from anomalib_dskd.models.distillation.resuming import constructor_defaults
 from anomalib_dskd.models.tad.lightning_model import assistant_steps
-from tests.conftest import TEACHER, differing, engine
+from tests.conftest import TEACHER, at_step, differing, engine
 
 ARGUMENTS = {Afkd: {}, Dskd: {}, Dtgd: {}, Tad: {"assistant": "test_efficientnet"}}
 STUDENTS = {
@@ -603,3 +604,24 @@ def test_illegal_arguments_of_all_say_what_is_legal(kind, arguments, message):
 def test_illegal_arguments_of_one_say_what_is_legal(kind, arguments, message):
     with pytest.raises(ArgumentError, match=message):
         build(kind, None, **arguments)
+
+
+# --- hard mining -------------------------------------------------------------------------------------------------
+
+
+def gradient_norm(loss: torch.Tensor, model: AnomalibModule) -> float:
+    parameters = [parameter for parameter in model.parameters() if parameter.requires_grad]
+    gradients = torch.autograd.grad(loss, parameters, retain_graph=True, allow_unused=True)
+    return float(torch.cat([gradient.flatten() for gradient in gradients if gradient is not None]).norm())
+
+
+@pytest.mark.parametrize(("kind", "step"), [(Afkd, 0), (Dskd, 0), (Dtgd, 0), (Tad, 0), (Tad, 3)])
+def test_hard_mining_keeps_the_losses_and_reduces_their_gradients(kind, step, teacher_weights):
+    pixels = torch.rand(4, 3, 64, 64, generator=torch.Generator().manual_seed(0))
+    batch = ImageBatch(image=2 * pixels - 1, image_path=[f"good/{index}.png" for index in range(4)])
+    plain, mined = (at_step(build(kind, teacher_weights, hard_mining=share), step) for share in (0.0, 0.9))
+    losses, same = plain.compute_losses(batch), mined.compute_losses(batch)
+    for name in losses.keys() - {"dissimilarity", "entropy"}:  # which compare no student with a teacher to imitate
+        assert losses[name].item() == same[name].item()
+        ratio = gradient_norm(same[name], mined) / gradient_norm(losses[name], plain)
+        assert 0.1 < ratio < 0.7, name

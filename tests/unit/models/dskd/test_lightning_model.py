@@ -45,6 +45,7 @@ def test_every_value_of_the_paper_is_the_default():
     assert model["layers"] == (1, 2, 3)  # section 3.1: conv2_x, conv3_x, conv4_x
     assert model["l2_weight"] == 0.1  # section 4.1.2
     assert model["sigma"] == 4.0  # Eq. (9)
+    assert model["hard_mining"] == constructor_defaults(DskdLoss)["hard_mining"] == 0.0  # Eq. (7)
     assert (model["learning_rate"], model["betas"]) == (1e-3, (0.5, 0.999))  # section 4.1.2
     assert (model["map_pair"], model["losses"], model["embedding"]) == ("T-D", "both", True)  # Tables 7 and 8
     assert model["map_layers"] is None  # Table 9: all
@@ -549,6 +550,9 @@ def test_sixteen_bit_images_are_refused_in_training(tiny_model, tmp_path):
         ({"image_cache": -1.0}, "image_cache -1.0 must be a finite number"),
         ({"batch_norm_images": -1}, "batch_norm_images -1 must be a positive integer, or 0"),
         ({"batch_norm_images": 1.5}, "batch_norm_images 1.5 must be a positive integer"),
+        ({"hard_mining": 1.0}, "hard_mining 1.0 must be a number from 0, for none, up to, not including, 1"),
+        ({"hard_mining": -0.1}, "hard_mining -0.1"),
+        ({"hard_mining": True}, "hard_mining True"),
         ({"seed": -1}, "seed -1 must be an integer from 0 to 4294967295, or none"),
         ({"seed": 2**32}, "seed 4294967296 must be an integer"),
         ({"schedule": "cosine"}, "schedule 'cosine' is not supported. Supported values: 'constant', 'one_cycle'"),

@@ -2,7 +2,7 @@ import numpy as np
 import pytest
 import torch
 
-from anomalib_dskd.components.discrepancy import discrepancy, distillation_loss
+from anomalib_dskd.components.discrepancy import discrepancy, distillation_loss, mine_hard_pixels
 from anomalib_dskd.models.dskd.loss import DskdLoss
 
 
@@ -82,3 +82,29 @@ def test_each_student_gets_its_own_loss():
 def test_pyramids_of_different_depth_are_refused():
     with pytest.raises(ValueError, match="zip"):
         distillation_loss([vector(1.0)], [], l2_weight=0.1)
+
+
+# --- hard mining -------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(("share", "easy"), [(0.0, 0), (0.04, 0), (0.5, 12), (0.7, 16), (0.99, 23)])
+def test_the_share_of_smallest_values_passes_on_a_tenth_of_the_gradient(share, easy):
+    values = torch.randperm(24, generator=torch.Generator().manual_seed(0)).float().view(2, 1, 3, 4).requires_grad_()
+    mined = mine_hard_pixels(values, share)
+    assert mined.tolist() == values.tolist()
+    (mined * 2).sum().backward()
+    expected = torch.where(values.detach() < easy, 0.2, 2.0)
+    torch.testing.assert_close(values.grad, expected)
+
+
+def test_mining_keeps_the_loss_and_ranks_the_pixels_of_each_level_over_the_batch():
+    teacher = [torch.tensor([[1.0, 0.0]]).view(1, 2, 1, 1).expand(2, 2, 1, 2)] * 2
+    angles = torch.tensor([[0.1, 0.2], [0.3, 0.4]]), torch.tensor([[0.8, 0.7], [0.6, 0.5]])  # images, columns
+    levels = [torch.stack([angle.cos(), angle.sin()], dim=1)[:, :, None].requires_grad_() for angle in angles]
+    plain = distillation_loss(teacher, levels, l2_weight=0.1)
+    full = torch.autograd.grad(plain, levels)
+    mined = distillation_loss(teacher, levels, l2_weight=0.1, hard_mining=0.5)
+    assert mined.item() == plain.item()
+    shares = [part / whole for part, whole in zip(torch.autograd.grad(mined, levels), full, strict=True)]
+    torch.testing.assert_close(shares[0][:, 1, 0], torch.tensor([[0.1, 0.1], [1.0, 1.0]]))
+    torch.testing.assert_close(shares[1][:, 1, 0], torch.tensor([[1.0, 1.0], [0.1, 0.1]]))

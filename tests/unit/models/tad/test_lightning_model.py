@@ -5,7 +5,7 @@ from pathlib import Path
 import pytest
 import torch
 from anomalib.data import ImageBatch
-from lightning import Callback, Trainer
+from lightning import Callback
 from lightning.pytorch.callbacks import GradientAccumulationScheduler
 from torch.nn.modules.batchnorm import _BatchNorm
 
@@ -16,7 +16,7 @@ from anomalib_dskd.models.tad import lightning_model
 from anomalib_dskd.models.tad.lightning_model import assistant_steps
 from anomalib_dskd.models.tad.loss import entropy_loss, guidance_losses
 from anomalib_dskd.training.feature_cache import FeatureCache
-from tests.conftest import TEACHER, differing, engine
+from tests.conftest import TEACHER, at_step, differing, engine
 
 ASSISTANT = "test_efficientnet"
 ABLATIONS = [{}, {"assistant": None}, {"inverse_weight": 0.0}, {"guidance": "equal"}]
@@ -68,16 +68,6 @@ def same(first: dict, second: dict) -> bool:
 def batch() -> ImageBatch:
     pixels = torch.rand(4, 3, 64, 64, generator=torch.Generator().manual_seed(0))
     return ImageBatch(image=2 * pixels - 1, image_path=[f"good/{index}.png" for index in range(4)])
-
-
-def at_step(model: Tad, step: int) -> Tad:
-    """Let a model believe that it has been trained for that many of ten steps."""
-    model.load_teacher_weights()
-    model.trainer = Trainer(max_steps=10, accelerator="cpu", logger=False, enable_checkpointing=False)
-    model.trainer.fit_loop.epoch_loop.automatic_optimization.optim_progress.optimizer.step.total.completed = step
-    model.planned_steps = 10
-    assert model.global_step == step
-    return model.train()
 
 
 # --- phases ------------------------------------------------------------------------------------------------------
