@@ -53,5 +53,5 @@ class Afkd(DistillationModule, AnomalibModule):
     def compute_losses(self, batch: ImageBatch) -> dict[str, Tensor]:
         """Return the loss of the decoder student: ``1 - cos``, averaged over pixels and levels."""
         teacher, students = self.model(torch.as_tensor(batch.image))
-        hard_mining = self.options.hard_mining
-        return {"decoder": distillation_loss(teacher, students["decoder"], l2_weight=0.0, hard_mining=hard_mining)}
+        loss = distillation_loss(teacher, students["decoder"], l2_weight=0.0, hard_mining=self.mined_share)
+        return {"decoder": loss}

@@ -41,7 +41,8 @@ class CheckpointMixin(ModuleMixin):
     @property
     def schedule_arguments(self) -> frozenset[str]:
         """Arguments that, with :attr:`planned_steps`, determine what happens in a step; empty if all are alike."""
-        return frozenset() if self.options.schedule == "constant" else frozenset({"learning_rate", "schedule"})
+        scheduled = set() if self.options.schedule == "constant" else {"learning_rate", "schedule"}
+        return frozenset(scheduled | ({"hard_mining"} if self.options.hard_mining > 0 else set()))
 
     @abstractmethod
     def check_weights(self) -> None:

@@ -55,6 +55,8 @@ __all__ = ["DEFAULT_TEACHER", "DistillationModule"]
 
 DEFAULT_TEACHER = "resnet18.tv_in1k"  # section 4.1.2; timm's own default tag has newer weights
 
+MINING_RAMP = 0.1  # of the training run; until then most pixels are hard. Dinomaly: 1,000 of 10,000 steps
+
 
 class DistillationModule(ExportMixin, CheckpointMixin):
     """Trains students on a frozen teacher's features, and finds defects where they differ.
@@ -82,8 +84,8 @@ class DistillationModule(ExportMixin, CheckpointMixin):
         betas: of Adam. Default: (0.5, 0.999) (section 4.1.2).
         weight_decay: of Adam. Default: 0; the paper gives none.
         hard_mining: share of each level's pixels, those that a student reconstructs best in a batch, that train it with
-            a tenth of their gradient, such as 0.7. Students then learn less to reconstruct defects, see
-            ``docs/recommended.md``. Default: 0, as in the paper, Eq. (7).
+            a tenth of their gradient, such as 0.7; it grows from 0 over the first tenth of the steps. Students then
+            learn less to reconstruct defects, see ``docs/recommended.md``. Default: 0, as in the paper, Eq. (7).
         batch_norm_images: training images from which batch-norm statistics are re-estimated before each
             evaluation within training; 0 keeps the running averages. Default, our choice: 256, see
             ``docs/deviations.md``.
@@ -186,6 +188,12 @@ class DistillationModule(ExportMixin, CheckpointMixin):
     def students_learn(self) -> bool:
         """Whether the next optimizer step trains the networks that score images."""
         return True
+
+    @property
+    def mined_share(self) -> float:
+        """Share of the pixels whose gradient is reduced in the next optimizer step."""
+        ramp = MINING_RAMP * self.planned_steps
+        return self.options.hard_mining * (min(1.0, self.global_step / ramp) if ramp else 1.0)
 
     def configure_callbacks(self) -> list[Callback]:
         """Return anomalib's callbacks, and those of this package.

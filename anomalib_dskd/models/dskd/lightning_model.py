@@ -82,13 +82,13 @@ class Dskd(DistillationModule, AnomalibModule):
                 embedding_gradient=embedding_gradient,
                 l2_weight=l2_weight,
             )
-        self.loss = DskdLoss(l2_weight=l2_weight, hard_mining=self.options.hard_mining)
+        self.loss = DskdLoss(l2_weight=l2_weight)
         self.check_image_size()
 
     def compute_losses(self, batch: ImageBatch) -> dict[str, Tensor]:
         """Return the loss of each student that is distilled, Eq. (7)."""
         teacher, students = self.model(torch.as_tensor(batch.image))
-        losses: dict[str, Tensor] = self.loss(teacher, students)
+        losses: dict[str, Tensor] = self.loss(teacher, students, hard_mining=self.mined_share)
         return losses
 
     def run_students(self, batch: ImageBatch) -> None:

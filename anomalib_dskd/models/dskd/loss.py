@@ -14,17 +14,23 @@ class DskdLoss(nn.Module):
 
     Args:
         l2_weight: lambda of Eq. (6); the paper's is 0.1 (section 4.1.2).
-        hard_mining: share of the pixels whose gradient is reduced; the paper has none.
     """
 
-    def __init__(self, l2_weight: float = 0.1, hard_mining: float = 0.0) -> None:
+    def __init__(self, l2_weight: float = 0.1) -> None:
         super().__init__()
         self.l2_weight = l2_weight
-        self.hard_mining = hard_mining
 
-    def forward(self, teacher: Sequence[Tensor], students: dict[str, Sequence[Tensor]]) -> dict[str, Tensor]:
-        """Map each student's features to its loss, under the same name."""
+    def forward(
+        self, teacher: Sequence[Tensor], students: dict[str, Sequence[Tensor]], *, hard_mining: float = 0.0
+    ) -> dict[str, Tensor]:
+        """Map each student's features to its loss, under the same name.
+
+        Args:
+            teacher: features of the teacher, one ``(B, C_k, H_k, W_k)`` per level.
+            students: features of each student, of the same shapes.
+            hard_mining: share of the pixels whose gradient is reduced.
+        """
         return {
-            name: distillation_loss(teacher, features, l2_weight=self.l2_weight, hard_mining=self.hard_mining)
+            name: distillation_loss(teacher, features, l2_weight=self.l2_weight, hard_mining=hard_mining)
             for name, features in students.items()
         }

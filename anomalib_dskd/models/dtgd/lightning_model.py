@@ -77,9 +77,7 @@ class Dtgd(DistillationModule, AnomalibModule):
         seed, teacher = self.options.seed, self.network_arguments["teacher"]
         with seeded(seed):
             self.model = DtgdModel(**self.network_arguments, gate=gate, embedding_blocks=embedding_blocks)
-        self.loss = DtgdLoss(
-            margin=margin, dissimilarity_weight=dissimilarity_weight, hard_mining=self.options.hard_mining
-        )
+        self.loss = DtgdLoss(margin=margin, dissimilarity_weight=dissimilarity_weight)
         self.pseudo_defects = PseudoDefects(*get_normalization(teacher), seed=seed, probability=defect_probability)
         self.check_image_size()
 
@@ -88,8 +86,9 @@ class Dtgd(DistillationModule, AnomalibModule):
         damaged, masks = self._damage(batch)
         anomaly_teacher = self.model.teacher(damaged)  # other damage in each epoch: not cached
         students = self.model.student_features(damaged, anomaly_teacher)
+        normal_teacher = self.model.teacher_features(torch.as_tensor(batch.image))
         losses: dict[str, Tensor] = self.loss(
-            self.model.teacher_features(torch.as_tensor(batch.image)), students, anomaly_teacher, masks
+            normal_teacher, students, anomaly_teacher, masks, hard_mining=self.mined_share
         )
         return losses
 

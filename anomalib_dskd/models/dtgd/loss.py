@@ -52,14 +52,12 @@ class DtgdLoss(nn.Module):
     Args:
         margin: see :func:`dissimilarity_loss`.
         dissimilarity_weight: of the dissimilarity; each consistency has 1.
-        hard_mining: share of the pixels whose gradient of the consistency is reduced.
     """
 
-    def __init__(self, *, margin: float, dissimilarity_weight: float, hard_mining: float = 0.0) -> None:
+    def __init__(self, *, margin: float, dissimilarity_weight: float) -> None:
         super().__init__()
         self.margin = margin
         self.dissimilarity_weight = dissimilarity_weight
-        self.hard_mining = hard_mining
 
     def forward(
         self,
@@ -67,10 +65,20 @@ class DtgdLoss(nn.Module):
         students: dict[str, list[Tensor]],
         anomaly_teacher: Sequence[Tensor],
         masks: Tensor,
+        *,
+        hard_mining: float = 0.0,
     ) -> dict[str, Tensor]:
-        """Map pyramids to the losses ``encoder``, ``decoder`` and ``dissimilarity``, the last one weighted."""
+        """Map pyramids to the losses ``encoder``, ``decoder`` and ``dissimilarity``, the last one weighted.
+
+        Args:
+            normal_teacher: the teacher's features of the clean images, one ``(B, C_k, H_k, W_k)`` per level.
+            students: features of encoder and decoder, of the same shapes.
+            anomaly_teacher: the teacher's features of the damaged images.
+            masks: ``(B, 1, H, W)``, 1 where an image is damaged and 0 elsewhere.
+            hard_mining: share of the pixels whose gradient of the consistency is reduced.
+        """
         losses = {
-            name: distillation_loss(normal_teacher, features, l2_weight=0.0, hard_mining=self.hard_mining)
+            name: distillation_loss(normal_teacher, features, l2_weight=0.0, hard_mining=hard_mining)
             for name, features in students.items()
         }
         dissimilarity = dissimilarity_loss(students["decoder"], anomaly_teacher, masks, margin=self.margin)

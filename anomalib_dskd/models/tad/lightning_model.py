@@ -236,14 +236,14 @@ class Tad(DistillationModule, AnomalibModule):
             weights = torch.full((len(teacher[0]), len(teacher), len(guides)), 1 / len(guides), device=self.device)
         else:
             weights = self.attention(student, guides)  # (B, K, 2)
-        from_teacher, from_assistant = guidance_losses(student, guides, weights, hard_mining=self.options.hard_mining)
+        from_teacher, from_assistant = guidance_losses(student, guides, weights, hard_mining=self.mined_share)
         losses = {"from_teacher": from_teacher, "from_assistant": from_assistant}
         if self.attention is not None:
             losses["entropy"] = self.entropy_weight * entropy_loss(weights)
         return losses
 
     def _distill(self, teacher: list[Tensor], features: list[Tensor]) -> Tensor:
-        return distillation_loss(teacher, features, l2_weight=0.0, hard_mining=self.options.hard_mining)
+        return distillation_loss(teacher, features, l2_weight=0.0, hard_mining=self.mined_share)
 
     def _assist(self, batch: ImageBatch, teacher: list[Tensor]) -> list[Tensor]:
         """Return the assistant's features in the teacher's shapes."""

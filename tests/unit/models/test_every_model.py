@@ -615,7 +615,7 @@ def gradient_norm(loss: torch.Tensor, model: AnomalibModule) -> float:
     return float(torch.cat([gradient.flatten() for gradient in gradients if gradient is not None]).norm())
 
 
-@pytest.mark.parametrize(("kind", "step"), [(Afkd, 0), (Dskd, 0), (Dtgd, 0), (Tad, 0), (Tad, 3)])
+@pytest.mark.parametrize(("kind", "step"), [(Afkd, 1), (Dskd, 1), (Dtgd, 1), (Tad, 1), (Tad, 3)])
 def test_hard_mining_keeps_the_losses_and_reduces_their_gradients(kind, step, teacher_weights):
     pixels = torch.rand(4, 3, 64, 64, generator=torch.Generator().manual_seed(0))
     batch = ImageBatch(image=2 * pixels - 1, image_path=[f"good/{index}.png" for index in range(4)])
@@ -625,3 +625,30 @@ def test_hard_mining_keeps_the_losses_and_reduces_their_gradients(kind, step, te
         assert losses[name].item() == same[name].item()
         ratio = gradient_norm(same[name], mined) / gradient_norm(losses[name], plain)
         assert 0.1 < ratio < 0.7, name
+
+
+def test_the_mined_share_grows_over_the_first_tenth_of_the_steps(teacher_weights):
+    shares = []
+    for step in (0, 1, 5, 9):
+        model = at_step(build(Dskd, teacher_weights, hard_mining=0.8), step)
+        model.planned_steps = 50
+        shares.append(model.mined_share)
+    assert shares == pytest.approx([0.0, 0.16, 0.8, 0.8])
+    assert build(Dskd, teacher_weights, hard_mining=0.8).mined_share == 0.8  # without a Trainer
+    assert at_step(build(Dskd, teacher_weights), 1).mined_share == 0.0
+
+
+def test_a_resumed_training_mines_as_one_that_was_never_interrupted(magnetic_tile_root, teacher_weights, tmp_path):
+    def build_mining(share: float) -> AnomalibModule:
+        return build(Dskd, teacher_weights, hard_mining=share, encoder="teacher", embedding_input="normalized")
+
+    whole = fit(build_mining(0.8), magnetic_tile_root, tmp_path / "whole", max_epochs=4)
+    assert whole.planned_steps == 8
+    with pytest.raises(InterruptedError):
+        fit(build_mining(0.8), magnetic_tile_root, tmp_path / "part", max_epochs=4, callbacks=[StopInThirdEpoch()])
+    checkpoint = next((tmp_path / "part").rglob("model.ckpt"))
+    resumed = fit(build_mining(0.8), magnetic_tile_root, tmp_path / "on", max_epochs=4, checkpoint=checkpoint)
+    assert resumed.global_step == 8
+    assert differing(whole.state_dict(), resumed.state_dict()) == []
+    with pytest.raises(ArgumentError, match="hard_mining: checkpoint has 0.8, model has 0.5"):
+        fit(build_mining(0.5), magnetic_tile_root, tmp_path / "other", max_epochs=4, checkpoint=checkpoint)
