@@ -218,11 +218,12 @@ def kinds_of_defects(samples: pd.DataFrame) -> dict[str, str]:
     """Return the kind of defect by image path: the data set's label or, where this is only a role, the folder's name.
 
     Args:
-        samples: of an anomalib data set; ``Folder`` and ``Tabular`` label defects of all kinds ``DirType.ABNORMAL``.
+        samples: of an anomalib data set; ``Folder`` and ``Tabular`` label defects of all kinds ``DirType.ABNORMAL``,
+            which pandas stores as a plain string if pyarrow is installed.
     """
     labels = samples.label if "label" in samples else [""] * len(samples)
     return {
-        str(path): Path(path).parent.name if isinstance(label, DirType) else str(label)
+        str(path): Path(path).parent.name if label in tuple(DirType) else str(label)
         for path, label in zip(samples.image_path, labels, strict=True)
     }
 

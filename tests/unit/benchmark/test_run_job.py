@@ -260,6 +260,11 @@ def test_kinds_of_defects_of_a_folder_are_the_names_of_their_folders(tmp_path):
     assert defects == {"crack": "crack", "scratch": "scratch"}
 
 
+def test_kinds_of_defects_do_not_depend_on_how_pandas_stores_roles():
+    samples = pd.DataFrame({"image_path": ["bad/crack/0.png"], "label": ["abnormal"]})
+    assert run_job.kinds_of_defects(samples) == {"bad/crack/0.png": "crack"}
+
+
 def test_kinds_of_defects_are_the_labels_of_the_data_set():
     samples = pd.DataFrame({"image_path": ["test/a/0.png", "test/b/1.png"], "label": ["broken", "good"]})
     assert run_job.kinds_of_defects(samples) == {"test/a/0.png": "broken", "test/b/1.png": "good"}
