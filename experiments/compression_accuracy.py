@@ -34,7 +34,7 @@ if model.input_size is None:
 model.post_processor.enable_normalization = False  # it clamps, and metrics are those of unclamped scores
 data = MagneticTile(options.root)
 data.setup("test")
-resize = Resize(model.input_size, antialias=False)
+resize = Resize(model.input_size, antialias=True)
 images, masks, labels = [], [], []
 for item in data.test_data:
     image, mask = resize(Image(item.image), Mask(item.gt_mask))

@@ -85,7 +85,7 @@ def write_report(run_folder: Path, *, gallery_images: int = 6) -> list[Path]:
 
 
 def _read(run_folder: Path) -> list[JobResult]:
-    """Read the latest result of each job."""
+    """Read the latest result of each job, in the order of the benchmark's jobs: a cluster ends them in any order."""
     advice = "Give the folder that `anomalib-dskd benchmark` wrote, one that holds results.jsonl."
     if not run_folder.is_dir():
         state = "is not a folder" if run_folder.exists() else "does not exist"
@@ -110,7 +110,8 @@ def _read(run_folder: Path) -> list[JobResult]:
                 f"seed {key[3]}: the report can show only one. Delete the line of the other."
             )
             raise DataError(msg)
-    return results
+    order = {job["job"]: number for number, job in enumerate(read_plan(run_folder) or [])}
+    return sorted(results, key=lambda result: order.get(result.job, len(order)))
 
 
 @dataclass(frozen=True)

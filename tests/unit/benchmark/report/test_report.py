@@ -429,6 +429,13 @@ def test_the_report_of_an_unfinished_run_lists_missing_jobs(tmp_path):
     assert "to do" not in (tmp_path / "report.md").read_text()
 
 
+def test_rows_are_in_the_order_of_the_jobs_not_of_their_ends(tmp_path):
+    write_run(tmp_path, done("PaDiM"), done(), done("STFPM"))
+    (tmp_path / "plan.json").write_text(json.dumps([done(), done("STFPM"), done("PaDiM")]))
+    write_report(tmp_path)
+    assert "- models: DSKD, STFPM, PaDiM\n" in (tmp_path / "report.md").read_text()
+
+
 def test_ablations_on_other_data_have_a_table_of_their_own(tmp_path):
     tables = report(
         tmp_path, done(), done("DSKD T-E", init_args={"map_pair": "T-E", "losses": "encoder"}), done("PaDiM")
