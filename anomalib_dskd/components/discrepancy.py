@@ -1,4 +1,4 @@
-"""Discrepancy between the features of two networks, and the distillation loss (DSKD, section 3.1, Eq. 3 to 7)."""
+"""Discrepancy between the features of two networks, distillation loss (DSKD, section 3.1, Eq. 3 to 7), hard mining."""
 
 from collections.abc import Sequence
 
@@ -6,9 +6,10 @@ import torch
 from torch import Tensor
 from torch.nn import functional as F  # noqa: N812
 
-__all__ = ["discrepancy", "distillation_loss", "mine_hard_pixels", "pooled_discrepancy"]
+__all__ = ["discrepancy", "distillation_loss", "increase_mined_share", "mine_hard_pixels", "pooled_discrepancy"]
 
 EASY_GRADIENT = 0.1  # of the gradient of pixels that are not mined, as in Dinomaly
+MINING_RAMP = 0.1  # of a training run; until then most pixels are hard. In Dinomaly 1,000 of 10,000 steps
 
 
 def discrepancy(first: Tensor, second: Tensor, *, l2_weight: float) -> Tensor:
@@ -77,9 +78,10 @@ def pooled_discrepancy(first: Tensor, second: Tensor, *, l2_weight: float, size:
 def mine_hard_pixels(values: Tensor, share: float) -> Tensor:
     """Return the same values, the smallest of which pass on only a tenth of the gradient: hard mining.
 
-    Most pixels of normal images are soon reconstructed well. Without mining, they go on training a student, which also
-    learns to reconstruct what it has never seen. From ReContrast (https://arxiv.org/abs/2306.02602); the fixed share
-    and the factor are those of Dinomaly (https://arxiv.org/abs/2405.14325), whose share is 0.9.
+    Most pixels of normal images are soon reconstructed well. Without mining, they dominate the gradient, and the
+    student generalizes to defects. From ReContrast (https://arxiv.org/abs/2306.02602); a fixed share and the factor of
+    0.1 are Dinomaly's (https://arxiv.org/abs/2405.14325), with a share of 0.9. Each process, and each of several
+    accumulated batches, ranks its own pixels.
 
     Args:
         values: discrepancies of all pixels of a batch, of any shape.
@@ -96,8 +98,23 @@ def mine_hard_pixels(values: Tensor, share: float) -> Tensor:
     if number == 0:
         return values
     fixed = values.detach()
-    limit = fixed.flatten().sort().values[number - 1]
+    limit = fixed.flatten().sort().values[number - 1]  # `kthvalue` is not deterministic on a GPU
     return torch.where(values > limit, values, fixed + EASY_GRADIENT * (values - fixed))
+
+
+def increase_mined_share(share: float, *, step: int, steps: int) -> float:
+    """Return the share of a step: it increases from 0 over the first tenth of the steps.
+
+    Args:
+        share: from that tenth on.
+        step: number of steps before.
+        steps: planned number of steps; 0 if it is not known, as without a Trainer.
+
+    Example:
+        >>> [round(increase_mined_share(0.8, step=step, steps=50), 6) for step in (0, 1, 5, 49)]
+        [0.0, 0.16, 0.8, 0.8]
+    """
+    return share * min(1.0, step / (MINING_RAMP * steps)) if steps else share
 
 
 def distillation_loss(

@@ -20,6 +20,7 @@ from torch import Tensor, nn
 from torch.optim import Optimizer
 
 from anomalib_dskd.components.backbone import check_teacher
+from anomalib_dskd.components.discrepancy import increase_mined_share
 from anomalib_dskd.components.find_weights import find_teacher_weights
 from anomalib_dskd.evaluation import RawScoreEvaluator, check_labels
 from anomalib_dskd.models.distillation.callbacks import (
@@ -55,8 +56,6 @@ __all__ = ["DEFAULT_TEACHER", "DistillationModule"]
 
 DEFAULT_TEACHER = "resnet18.tv_in1k"  # section 4.1.2; timm's own default tag has newer weights
 
-MINING_RAMP = 0.1  # of the training run; until then most pixels are hard. Dinomaly: 1,000 of 10,000 steps
-
 
 class DistillationModule(ExportMixin, CheckpointMixin):
     """Trains students on a frozen teacher's features, and finds defects where they differ.
@@ -84,8 +83,8 @@ class DistillationModule(ExportMixin, CheckpointMixin):
         betas: of Adam. Default: (0.5, 0.999) (section 4.1.2).
         weight_decay: of Adam. Default: 0; the paper gives none.
         hard_mining: share of each level's pixels, those that a student reconstructs best in a batch, that train it with
-            a tenth of their gradient, such as 0.7; it grows from 0 over the first tenth of the steps. Students then
-            learn less to reconstruct defects, see ``docs/recommended.md``. Default: 0, as in the paper, Eq. (7).
+            a tenth of their gradient, such as 0.7; it increases from 0 over the first tenth of the planned steps.
+            Students then generalize less to defects, see ``docs/recommended.md``. Default: 0, as in the paper, Eq. (7).
         batch_norm_images: training images from which batch-norm statistics are re-estimated before each
             evaluation within training; 0 keeps the running averages. Default, our choice: 256, see
             ``docs/deviations.md``.
@@ -190,10 +189,15 @@ class DistillationModule(ExportMixin, CheckpointMixin):
         return True
 
     @property
+    def phase(self) -> range:
+        """Steps of the training run in which the same networks are trained as in the next one; empty if unknown."""
+        return range(self.planned_steps)
+
+    @property
     def mined_share(self) -> float:
         """Share of the pixels whose gradient is reduced in the next optimizer step."""
-        ramp = MINING_RAMP * self.planned_steps
-        return self.options.hard_mining * (min(1.0, self.global_step / ramp) if ramp else 1.0)
+        step = self.global_step - self.phase.start
+        return increase_mined_share(self.options.hard_mining, step=step, steps=len(self.phase))
 
     def configure_callbacks(self) -> list[Callback]:
         """Return anomalib's callbacks, and those of this package.

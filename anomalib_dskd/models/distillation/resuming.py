@@ -132,9 +132,10 @@ def resume_training(model: "CheckpointMixin", checkpoint: dict[str, Any]) -> Non
     Raises:
         ArgumentError: the learning-rate schedule, or what else depends on the length of training, would not continue.
     """
-    saved_arguments = checkpoint.get("hyper_parameters", {})
-    given: dict[str, Any] = {name: model.hparams[name] for name in sorted({"schedule"} | model.schedule_arguments)}
-    saved = {name: saved_arguments.get(name, value) for name, value in given.items()}
+    saved_arguments, defaults = checkpoint.get("hyper_parameters", {}), constructor_defaults(type(model))
+    names = sorted({"schedule", "hard_mining"} | model.schedule_arguments)
+    given: dict[str, Any] = {name: model.hparams[name] for name in names}
+    saved = {name: saved_arguments.get(name, defaults[name]) for name in names}  # an older version lacks some
     if model.schedule_arguments and CHECKPOINT_KEY in checkpoint:
         saved["max_epochs"], given["max_epochs"] = checkpoint[CHECKPOINT_KEY]["max_epochs"], model.trainer.max_epochs
     if saved.get("max_epochs") == -1:

@@ -47,14 +47,14 @@ def number_of_steps(trainer: Trainer) -> int:
     if any(isinstance(callback, GradientAccumulationScheduler) for callback in trainer.callbacks):  # type: ignore[attr-defined]
         msg = (
             "callback GradientAccumulationScheduler: it changes the number of steps per epoch, and the learning-rate "
-            "schedule or phases would not end with the training run. Give --trainer.accumulate_grad_batches instead."
+            "schedule, phases or hard mining would not fit it. Give --trainer.accumulate_grad_batches instead."
         )
         raise ArgumentError(msg)
     steps = trainer.estimated_stepping_batches
     if not 0 < steps < math.inf:  # Lightning gives -1 where only the data have no end
         msg = (
-            "this training run has no end, which its learning-rate schedule or phases depend on: give "
-            "--trainer.max_epochs or --trainer.max_steps."
+            "this training run has no end, which its learning-rate schedule, phases or hard mining depend on: "
+            "give --trainer.max_epochs or --trainer.max_steps."
         )
         raise ArgumentError(msg)
     return int(steps)
@@ -124,7 +124,7 @@ def check_last_step(trainer: Trainer) -> None:
 
 
 def check_planned_steps(planned: int, steps: int) -> None:
-    """Raise if a resumed training run was planned for another number of steps: its schedule or phases would move.
+    """Raise if a resumed training run was planned for another number of steps, which it depends on.
 
     Args:
         planned: number of steps in the checkpoint; 0 if it contains none.

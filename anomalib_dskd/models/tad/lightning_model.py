@@ -151,6 +151,14 @@ class Tad(DistillationModule, AnomalibModule):
         return self.assistant is not None and self.global_step < self._assistant_steps
 
     @property
+    def phase(self) -> range:
+        """Steps of the assistant's or the student's phase, whichever the next step belongs to."""
+        if self.assistant is None:
+            return super().phase
+        end = self._assistant_steps
+        return range(end) if self.is_assistant_phase else range(end, self.planned_steps)
+
+    @property
     def students_learn(self) -> bool:
         """Whether it is the student's phase, and not the assistant's."""
         return not self.is_assistant_phase

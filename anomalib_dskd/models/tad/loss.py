@@ -29,7 +29,8 @@ def guidance_losses(
     """
     distances = [
         torch.stack(  # (B, K)
-            [_distance(level, target, hard_mining) for level, target in zip(student, guide, strict=True)], dim=1
+            [_distance(level, target, hard_mining=hard_mining) for level, target in zip(student, guide, strict=True)],
+            dim=1,
         )
         for guide in guides
     ]
@@ -57,6 +58,6 @@ def entropy_loss(weights: Tensor) -> Tensor:
     return math.log(weights.shape[-1]) + torch.xlogy(weights, weights).sum(dim=-1).mean()
 
 
-def _distance(first: Tensor, second: Tensor, hard_mining: float) -> Tensor:
+def _distance(first: Tensor, second: Tensor, *, hard_mining: float) -> Tensor:
     """Average the discrepancy over pixels: two ``(B, C, H, W)`` to ``(B,)``."""
     return mine_hard_pixels(discrepancy(first, second, l2_weight=0.0), hard_mining).mean(dim=(1, 2, 3))

@@ -392,6 +392,7 @@ def test_paper_means_agree_with_its_categories(benchmark):
         ({"teacher": "resnet18d"}, None),
         ({"sigma": 2.0}, None),
         ({"schedule": "one_cycle"}, None),
+        ({"hard_mining": 0.7}, None),
         ({"l2_weight": 0.0, "map_pair": "E-D"}, None),
     ],
 )
@@ -427,6 +428,16 @@ def test_the_report_of_an_unfinished_run_lists_missing_jobs(tmp_path):
     (tmp_path / "plan.json").write_text(json.dumps(jobs[:2]))
     write_report(tmp_path)
     assert "to do" not in (tmp_path / "report.md").read_text()
+
+
+def test_gpus_are_named_where_jobs_ran_on_one(tmp_path):
+    machines = [{"cpu": "C", "cores": 2, **gpu} for gpu in ({}, {"gpu": "G"}, {"gpu": "H"})]
+    write_run(tmp_path, *(done(seed=seed, machine=machine) for seed, machine in enumerate(machines)))
+    write_report(tmp_path)
+    assert "\n- GPU: G; H\n" in (tmp_path / "report.md").read_text()
+    write_run(tmp_path, done(machine=machines[0]))
+    write_report(tmp_path)
+    assert "GPU" not in (tmp_path / "report.md").read_text().partition("##")[0]
 
 
 def test_rows_are_in_the_order_of_the_jobs_not_of_their_ends(tmp_path):
