@@ -13,12 +13,15 @@ from tempfile import TemporaryDirectory
 from typing import TYPE_CHECKING
 from unittest import mock
 
+import yaml
+
 if TYPE_CHECKING:
     from anomalib.engine import Engine
     from anomalib.models.components import AnomalibModule
 
 warnings.simplefilter("ignore")
 
+CONFIGS = Path(__file__).parents[1] / "configs"
 METRICS = ("image_AUROC", "pixel_AUROC", "pixel_AUPRO")
 NO_EVALUATION = {"visualizer": False, "evaluator": False}
 OPTIONS: dict[str, dict[str, object]] = {
@@ -35,6 +38,12 @@ OPTIONS: dict[str, dict[str, object]] = {
     "--rounds": {"type": int, "default": 10, "help": "repetitions"},
 }
 
+RECOMMENDED: dict[str, object] = {
+    name: value
+    for name, value in yaml.safe_load((CONFIGS / "recommended.yaml").read_text())["model"]["init_args"].items()
+    if name not in {"teacher", "image_size", "seed"}
+}
+"""Arguments of the recommended configuration, without those that the scripts set."""
 TRAINING_OPTIONS = ("--root", "--weights", "--size", "--seeds", "--epochs", "--every", "--learning-rate", "--precision")
 
 

@@ -81,12 +81,12 @@ class PaperMapGenerator(AnomalyMapGenerator):
         super().__init__(l2_weight=l2_weight, sigma=sigma)
         self.blur = GaussianBlur2d(sigma)
 
-    def forward(self, first: Sequence[Tensor], second: Sequence[Tensor], size: tuple[int, int]) -> Tensor:
+    def sum_levels(self, first: Sequence[Tensor], second: Sequence[Tensor], size: tuple[int, int]) -> Tensor:
         maps = []
         for a, b in zip(map(F.normalize, first), map(F.normalize, second), strict=True):
             distance = (a - b).square().sum(dim=1, keepdim=True) / 2
             maps.append(self.l2_weight * distance + 1 - F.cosine_similarity(a, b).unsqueeze(1))
-        return self.blur(sum_of_levels(maps, size))
+        return sum_of_levels(maps, size)
 
 
 def train_on_one_batch(model: AnomalibModule) -> AnomalibModule:
@@ -137,6 +137,8 @@ def export(
 
 dskd = partial(detector, Dskd)
 lite = partial(detector, Dskd, teacher="tf_efficientnet_lite0", teacher_weights=None)
+recommended = partial(detector, Dskd, **common.RECOMMENDED)
+recommended_lite = partial(lite, **common.RECOMMENDED)
 siblings = {
     "AFKD": partial(detector, Afkd),
     "DTGD": partial(detector, Dtgd),
@@ -152,6 +154,10 @@ MODELS: dict[str, Callable[[Path], Export]] = {
     "DSKD lite": partial(export, lite),
     "DSKD lite, INT8": partial(export, lite, compression=INT8),
     "DSKD, bfloat16": partial(export, dskd, precision="bf16"),
+    "DSKD, recommended": partial(export, recommended),
+    "DSKD, recommended, INT8": partial(export, recommended, compression=INT8),
+    "DSKD lite, recommended": partial(export, recommended_lite),
+    "DSKD lite, recommended, INT8": partial(export, recommended_lite, compression=INT8),
     "STFPM, bfloat16": partial(export, stfpm, precision="bf16"),
 }
 for name, build in siblings.items():

@@ -58,18 +58,11 @@ def build(model_class: type[Dskd], **arguments: object) -> AnomalibModule:
 
 BASELINE = "DSKD, baseline, FP32"
 NO_CACHE = {"teacher_cache": 0.0, "image_cache": 0.0}
-RECOMMENDED = {  # what affects the duration of a step
-    "encoder": "teacher",
-    "embedding_input": "normalized",
-    "hard_mining": 0.7,
-    "schedule": "one_cycle",
-    "ema_decay": 0.99,
-}
 VARIANTS: dict[str, tuple[Callable[[], AnomalibModule], str]] = {
     BASELINE: (partial(build, BaselineDskd, **NO_CACHE), "32-true"),
     "DSKD, no cache": (partial(build, Dskd, **NO_CACHE), options.precision),
     "DSKD": (partial(build, Dskd), options.precision),
-    "DSKD, recommended": (partial(build, Dskd, **RECOMMENDED), options.precision),
+    "DSKD, recommended": (partial(build, Dskd, **common.RECOMMENDED), options.precision),
     "STFPM": (partial(common.build_peer, Stfpm, options.size), options.precision),
     "Reverse Distillation": (partial(common.build_peer, ReverseDistillation, options.size), options.precision),
 }
