@@ -21,7 +21,8 @@ class Dskd(DistillationModule, AnomalibModule):
     """Dual-student knowledge distillation: train on normal images only, detect and localize defects.
 
     An encoder student learns a pretrained teacher's features of normal images; a decoder student learns to
-    reconstruct them from the encoder's embedding. Where the decoder fails to, the image is anomalous.
+    reconstruct them from the encoder's embedding. Where the decoder fails to, the image is anomalous. The defaults are
+    the paper's; ``configs/recommended.yaml`` detects better after fewer steps, see ``docs/recommended.md``.
 
     Args:
         map_pair: networks whose discrepancy is the anomaly map. Default: teacher and decoder student (Table 7).

@@ -70,24 +70,31 @@ def test_epochs_have_a_source():
     ]
 
 
-def test_siblings_are_compared_at_the_same_number_of_epochs():
-    described = yaml.safe_load((CONFIGS / "magnetic_tile.yaml").read_text())
-    specs = {"models": ModelSpec, "datasets": DatasetSpec}
-    lists = {name: [spec(**each) for each in described[name]] for name, spec in specs.items()}
-    jobs = expand(BenchmarkConfig(**lists, epochs=described["epochs"], image_size=described["image_size"]))
-    for job in jobs:
-        check_job(job)
-    ours = [job for job in jobs if job.class_path.startswith("anomalib_dskd.")]
-    assert {job.class_path.rpartition(".")[2] for job in ours} == {"Afkd", "Dskd", "Dtgd", "Tad"}
-    assert {job.epochs for job in jobs} == {30, None}  # None: models that set their number of epochs
-    assert {job.image_size for job in jobs} == {(128, 128)}
-    assert [job.init_args for job in ours if job.init_args] == [
-        {"teacher": "tf_efficientnet_lite0"},
-        {"fusion": "equal"},
-        {"gate": False},
-        {"assistant": None},
-        {"inverse_weight": 0.0},
-    ]
+def read_yaml(path: Path) -> dict:
+    return yaml.safe_load(path.read_text())
+
+
+@pytest.mark.parametrize("name", ["magnetic_tile", "kolektorsdd"])
+def test_benchmarks_compare_the_recommended_configuration_with_the_papers(name):
+    recommended = read_yaml(CONFIGS.parent / "recommended.yaml")
+    arguments = recommended["model"]["init_args"]
+    settings = {key: arguments[key] for key in arguments if key not in {"teacher", "image_size", "seed"}}
+    described = read_yaml(CONFIGS / f"{name}.yaml")
+    models = {model["name"]: model for model in described["models"]}
+    assert models["DSKD (recommended)"]["model"]["init_args"] == settings
+    assert models["DSKD (paper)"]["model"] == {"class_path": "anomalib_dskd.Dskd"}
+    shared = {key: settings[key] for key in settings if key not in {"encoder", "embedding_input"}}  # of DSKD only
+    epochs = recommended["trainer"]["max_epochs"]
+    for title, model in models.items():
+        if "recommended" in title:
+            assert model["model"]["init_args"].items() >= shared.items()
+            assert model["epochs"] == epochs
+
+
+def test_the_quick_start_has_the_recommended_settings():
+    recommended, quick_start = (read_yaml(CONFIGS.parent / f"{name}.yaml") for name in ("recommended", "quickstart"))
+    arguments = recommended["model"]["init_args"] | {"teacher": "tf_efficientnet_lite0", "image_size": 128}
+    assert quick_start["model"]["init_args"] == arguments
 
 
 @pytest.mark.parametrize("path", sorted(CONFIGS.glob("*.yaml")), ids=lambda path: path.stem)
