@@ -98,7 +98,7 @@ def mine_hard_pixels(values: Tensor, share: float) -> Tensor:
     if number == 0:
         return values
     fixed = values.detach()
-    limit = fixed.flatten().sort().values[number - 1]  # `kthvalue` is not deterministic on a GPU
+    limit = fixed.flatten().sort().values[number - 1]
     return torch.where(values > limit, values, fixed + EASY_GRADIENT * (values - fixed))
 
 
