@@ -6,7 +6,7 @@ at the precision shown; the DSKD paper's results are next to ours where it has t
 
 import json
 from collections import defaultdict
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import asdict, dataclass, fields
 from operator import attrgetter
 from pathlib import Path
@@ -65,8 +65,9 @@ def write_report(run_folder: Path, *, gallery_images: int = 6) -> list[Path]:
     if gallery_images < 0:
         msg = f"gallery_images {gallery_images} must be 0, for no gallery, or larger."
         raise ArgumentError(msg)
-    results = _read(run_folder)
-    page = _page(run_folder, results, gallery_images)
+    plan = read_plan(run_folder) or []
+    results = _read(run_folder, plan)
+    page = _page(run_folder, results, plan, gallery_images)
     contents = {
         "results.csv": _csv(results),
         "report.md": _render("report.md", page),
@@ -84,7 +85,7 @@ def write_report(run_folder: Path, *, gallery_images: int = 6) -> list[Path]:
     return list(paths)
 
 
-def _read(run_folder: Path) -> list[JobResult]:
+def _read(run_folder: Path, plan: Sequence[Mapping[str, Any]]) -> list[JobResult]:
     """Read the latest result of each job, in the order of the benchmark's jobs: a cluster ends them in any order."""
     advice = "Give the folder that `anomalib-dskd benchmark` wrote, one that holds results.jsonl."
     if not run_folder.is_dir():
@@ -110,7 +111,7 @@ def _read(run_folder: Path) -> list[JobResult]:
                 f"seed {key[3]}: the report can show only one. Delete the line of the other."
             )
             raise DataError(msg)
-    order = {job["job"]: number for number, job in enumerate(read_plan(run_folder) or [])}
+    order = {job["job"]: number for number, job in enumerate(plan)}
     return sorted(results, key=lambda result: order.get(result.job, len(order)))
 
 
@@ -125,7 +126,9 @@ class _Section:
     gallery: Gallery | None
 
 
-def _page(run_folder: Path, results: list[JobResult], gallery_images: int) -> dict[str, Any]:
+def _page(
+    run_folder: Path, results: list[JobResult], plan: Sequence[Mapping[str, Any]], gallery_images: int
+) -> dict[str, Any]:
     """Return the variables of the templates."""
     grouped: dict[str, list[JobResult]] = defaultdict(list)
     for result in results:
@@ -140,7 +143,7 @@ def _page(run_folder: Path, results: list[JobResult], gallery_images: int) -> di
     )
     return {
         "name": run_folder.resolve().name,
-        "facts": facts.list_facts(results, read_plan(run_folder) or []),
+        "facts": facts.list_facts(results, plan),
         "sections": [_section(run_folder, data_set, gallery_images) for data_set in data],
         "ablations": ablation_table(data),
         "failures": facts.failure_table(results),

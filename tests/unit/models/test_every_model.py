@@ -687,5 +687,5 @@ def test_training_of_a_version_without_mining_is_not_resumed_with_it(
 
 def test_mining_needs_an_end_of_training(magnetic_tile_root, teacher_weights, tmp_path):
     model = build(Dskd, teacher_weights, hard_mining=0.7)
-    with pytest.raises(ArgumentError, match="no end, which .* hard mining depend on"):
+    with pytest.raises(ArgumentError, match="no end, which its .* or hard mining depend on: give"):
         fit(model, magnetic_tile_root, tmp_path, max_epochs=-1, max_time={"seconds": 1})

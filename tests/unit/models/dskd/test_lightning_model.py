@@ -130,7 +130,10 @@ def test_gradients_can_be_clipped_in_every_precision(precision, fused, magnetic_
 @pytest.mark.parametrize(
     ("trainer", "message"),
     [
-        ({"max_epochs": -1}, "this training run has no end, which its learning-rate schedule, .* depend on"),
+        (
+            {"max_epochs": -1},
+            "this training run has no end, which its learning-rate schedule, phases or hard mining depend on",
+        ),
         ({"callbacks": [GradientAccumulationScheduler({0: 2})]}, "callback GradientAccumulationScheduler: .* Give"),
     ],
 )

@@ -229,7 +229,10 @@ def test_a_checkpoint_of_the_assistants_phase_gives_no_results(magnetic_tile_roo
         ({"max_epochs": 1, "accumulate_grad_batches": 2}, "of one optimizer step .* Supported: 2 steps or more"),
         ({"max_epochs": -1, "max_steps": 1, "limit_val_batches": 0}, "a training run of one optimizer step"),
         ({"fast_dev_run": True}, "a training run of one optimizer step .* Give .* --trainer.fast_dev_run 2"),
-        ({"max_epochs": -1}, "has no end, which its .* phases .* depend on: give --trainer.max_epochs"),
+        (
+            {"max_epochs": -1},
+            "this training run has no end, which its .* phases or hard mining depend on: give --trainer.max_epochs",
+        ),
         (
             {"max_epochs": 1, "callbacks": [GradientAccumulationScheduler({0: 2})]},
             "callback GradientAccumulationScheduler: .* Give --trainer.accumulate_grad_batches instead",
