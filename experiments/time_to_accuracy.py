@@ -1,0 +1,114 @@
+"""Metrics on real defects against seconds of training: DSKD as recommended, and Reverse Distillation.
+
+The learning rate of the recommended configuration falls to nearly 0 at its last epoch, so that its metrics after some
+epochs say little about a shorter training run: it is trained for each number of epochs. Reverse Distillation, whose
+learning rate is constant, is trained once and validated on the way. Seconds count from the call of ``fit``, without
+validations.
+
+    python experiments/time_to_accuracy.py --root datasets/MagneticTile --weights resnet18.tv_in1k.safetensors
+"""
+
+import tempfile
+import time
+from pathlib import Path
+
+import common
+import numpy as np
+import pandas as pd
+from anomalib.data import ImageBatch
+from anomalib.models import ReverseDistillation
+from anomalib.models.components import AnomalibModule
+from lightning import Callback, Trainer, seed_everything
+
+from anomalib_dskd import Dskd, MagneticTile
+from anomalib_dskd.benchmark.predictions import Predictions, compute_metrics
+
+METRICS = ("image_AUROC", "pixel_AUROC", "AUPRO")
+
+parser = common.option_parser(
+    __doc__, *(name for name in common.TRAINING_OPTIONS if name != "--learning-rate"), "--batch", epochs=30, every=5
+)
+parser.add_argument("--lengths", type=int, nargs="*", default=[6, 12, 18, 24], help="epochs of DSKD's training runs")
+parser.add_argument("--output", type=Path, help="CSV file to which the rows of each training run are added")
+options = parser.parse_args()
+
+
+class Curve(Callback):
+    """Records seconds of training and metrics at each validation."""
+
+    def __init__(self) -> None:
+        self.rows: list[dict[str, float]] = []
+        self.seconds = 0.0
+        self.running_since = time.perf_counter()
+
+    def on_validation_batch_start(self, _trainer: Trainer, _module: object, _batch: object, index: int) -> None:
+        if index == 0:  # what comes before, such as re-estimating batch-norm statistics, belongs to the training
+            self.seconds += time.perf_counter() - self.running_since
+            self.batches: list[ImageBatch] = []
+
+    def on_validation_batch_end(self, _trainer: Trainer, _module: object, outputs: ImageBatch, *_: object) -> None:
+        self.batches.append(outputs)
+
+    def on_validation_end(self, trainer: Trainer, _module: object) -> None:
+        scores, masks = self.collect("pred_score").reshape(-1), self.collect("gt_mask")
+        metrics = compute_metrics(
+            Predictions(
+                paths=[""] * len(scores),
+                labels=self.collect("gt_label").astype(int),
+                classes=[""] * len(scores),
+                scores=scores,
+                maps=self.collect("anomaly_map").reshape(masks.shape),
+                masks=masks.astype(np.uint8),
+            )
+        )
+        row = {"epochs": trainer.current_epoch + 1, "seconds": round(self.seconds)}
+        self.rows.append(row | {name: round(metrics[name], 4) for name in METRICS})
+        self.running_since = time.perf_counter()
+
+    def collect(self, field: str) -> np.ndarray:
+        return np.concatenate([getattr(batch, field).float().numpy() for batch in self.batches])
+
+
+def train(model: AnomalibModule, epochs: int, every: int) -> list[dict[str, float]]:
+    """Train, and return seconds and metrics of each validation."""
+    curve = Curve()
+    with tempfile.TemporaryDirectory() as folder:
+        engine = common.quiet_engine(
+            folder,
+            callbacks=[curve],
+            precision=options.precision,
+            max_epochs=epochs,
+            check_val_every_n_epoch=every,
+            num_sanity_val_steps=0,
+        )
+        engine.fit(model, datamodule=MagneticTile(options.root, train_batch_size=options.batch))
+    return curve.rows
+
+
+def train_recommended(seed: int, epochs: int) -> list[dict[str, float]]:
+    arguments = {"teacher_weights": options.weights, "image_size": options.size, "seed": seed}
+    return train(Dskd(**arguments, **common.RECOMMENDED, **common.NO_EVALUATION), epochs, epochs)
+
+
+def train_reverse_distillation(seed: int) -> list[dict[str, float]]:
+    seed_everything(seed, workers=True, verbose=False)
+    with common.offline_resnet18(options.weights):
+        return train(common.build_peer(ReverseDistillation, options.size), options.epochs, options.every)
+
+
+def report(model: str, seed: int, rows: list[dict[str, float]]) -> None:
+    """Print the rows of a training run, and add them to the file."""
+    for row in rows:
+        metrics = (common.percent(row[name]) for name in METRICS)
+        common.print_row(model, seed, row["epochs"], row["seconds"], *metrics)
+    if options.output:
+        table = pd.DataFrame([{"model": model, "seed": seed, **row} for row in rows])
+        table.to_csv(options.output, mode="a", header=not options.output.exists(), index=False)
+
+
+common.print_header("model", "seed", "epochs", "seconds", "image AUROC", "pixel AUROC", "AUPRO")
+for seed in options.seeds:
+    for length in options.lengths:
+        report("DSKD, recommended", seed, train_recommended(seed, length))
+    if options.epochs:
+        report("Reverse Distillation", seed, train_reverse_distillation(seed))
