@@ -16,7 +16,7 @@ def repeating(decoder: DecoderStudent) -> DecoderStudent:
     """Make each stage repeat the pixels of its first channel: shortcuts of ones, main paths of zeros, no batch norm."""
     for part in decoder.modules():
         if isinstance(part, nn.BatchNorm2d):
-            part.eps = 0.0
+            part.eps = 1e-30  # lost in rounding; older versions of PyTorch refuse 0
         elif isinstance(part, nn.Conv2d | nn.ConvTranspose2d):
             nn.init.zeros_(part.weight)
     for stage in decoder.stages:

@@ -31,7 +31,7 @@ def transparent(level: FusedLevel) -> FusedLevel:
     """Let every convolution of a one-channel meeting pass its middle pixel on, without batch norm."""
     for part in level.modules():
         if isinstance(part, nn.BatchNorm2d):
-            part.eps = 0.0
+            part.eps = 1e-30  # lost in rounding; older versions of PyTorch refuse 0
         elif isinstance(part, nn.Conv2d) and part is not level.scores:
             nn.init.zeros_(part.weight)
             part.weight.data[0, 0, part.weight.shape[-2] // 2, part.weight.shape[-1] // 2] = 1.0

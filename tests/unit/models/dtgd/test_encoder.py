@@ -36,7 +36,7 @@ def gate_of_one_channel(student_weight: float, teacher_weight: float, scale: flo
     gate = NoiseRemoval(1).eval()
     first, norm, _, last = gate.scores
     first.weight.data = torch.tensor([[[[student_weight]], [[teacher_weight]]]])
-    norm.eps = 0.0
+    norm.eps = 1e-30  # lost in rounding; older versions of PyTorch refuse 0
     last.weight.data.fill_(scale)
     last.bias.data.fill_(bias)
     return gate
