@@ -3,7 +3,7 @@
 The learning rate of the recommended configuration falls to nearly 0 at its last epoch, so that its metrics after some
 epochs say little about a shorter training run: it is trained for each number of epochs. Reverse Distillation, whose
 learning rate is constant, is trained once and validated on the way. Seconds count from the call of ``fit``, without
-validations.
+validations. A PNG file next to the CSV file shows the curves of all rows in it, those of earlier calls too.
 
     python experiments/time_to_accuracy.py --root datasets/MagneticTile --weights resnet18.tv_in1k.safetensors
 """
@@ -19,17 +19,19 @@ from anomalib.data import ImageBatch
 from anomalib.models import ReverseDistillation
 from anomalib.models.components import AnomalibModule
 from lightning import Callback, Trainer, seed_everything
+from matplotlib.figure import Figure
 
 from anomalib_dskd import Dskd, MagneticTile
 from anomalib_dskd.benchmark.predictions import Predictions, compute_metrics
 
-METRICS = ("image_AUROC", "pixel_AUROC", "AUPRO")
+METRICS = {"image_AUROC": "image AUROC", "pixel_AUROC": "pixel AUROC", "AUPRO": "AUPRO"}
+COLORS = {"DSKD, recommended": "#0969da", "Reverse Distillation": "#bc4c00"}
 
 parser = common.option_parser(
     __doc__, *(name for name in common.TRAINING_OPTIONS if name != "--learning-rate"), "--batch", epochs=30, every=5
 )
 parser.add_argument("--lengths", type=int, nargs="*", default=[6, 12, 18, 24], help="epochs of DSKD's training runs")
-parser.add_argument("--output", type=Path, help="CSV file to which the rows of each training run are added")
+parser.add_argument("--output", type=Path, default="time_to_accuracy.csv", help="CSV file to which rows are added")
 options = parser.parse_args()
 
 
@@ -101,14 +103,29 @@ def report(model: str, seed: int, rows: list[dict[str, float]]) -> None:
     for row in rows:
         metrics = (common.percent(row[name]) for name in METRICS)
         common.print_row(model, seed, row["epochs"], row["seconds"], *metrics)
-    if options.output:
-        table = pd.DataFrame([{"model": model, "seed": seed, **row} for row in rows])
-        table.to_csv(options.output, mode="a", header=not options.output.exists(), index=False)
+    table = pd.DataFrame([{"model": model, "seed": seed, **row} for row in rows])
+    table.to_csv(options.output, mode="a", header=not options.output.exists(), index=False)
 
 
-common.print_header("model", "seed", "epochs", "seconds", "image AUROC", "pixel AUROC", "AUPRO")
+def draw_curves(table: pd.DataFrame, path: Path) -> None:
+    """Draw each metric against minutes of training."""
+    figure = Figure(figsize=(10, 3.2), layout="constrained")
+    for axes, (metric, title) in zip(figure.subplots(1, len(METRICS)), METRICS.items(), strict=True):
+        for (model, seed), rows in table.groupby(["model", "seed"]):
+            line = rows.sort_values("seconds")
+            label = model if seed == table.seed.min() else None
+            axes.plot(line.seconds / 60, 100 * line[metric], marker="o", color=COLORS[model], label=label)
+        axes.set(title=title, xlabel="minutes of training", ylabel="%")
+        axes.grid(color="#e4e7eb")
+        axes.spines[["top", "right"]].set_visible(False)
+    figure.axes[0].legend(frameon=False)
+    figure.savefig(path, dpi=110)
+
+
+common.print_header("model", "seed", "epochs", "seconds", *METRICS.values())
 for seed in options.seeds:
     for length in options.lengths:
         report("DSKD, recommended", seed, train_recommended(seed, length))
     if options.epochs:
         report("Reverse Distillation", seed, train_reverse_distillation(seed))
+draw_curves(pd.read_csv(options.output), options.output.with_suffix(".png"))

@@ -24,7 +24,7 @@ def start_server() -> None:
 
 
 def start(*arguments: str | Path, folder: Path, prepare: Callable[[], None] | None = None) -> BaseProcess:
-    """Start ``anomalib ARGUMENTS`` in ``folder``; what it prints goes to the folder's ``output.txt``."""
+    """Start ``anomalib ARGUMENTS`` in ``folder``; what it prints replaces the folder's ``output.txt``."""
     folder.mkdir(parents=True, exist_ok=True)
     process = CONTEXT.Process(target=_run, args=(list(map(str, arguments)), folder, prepare))
     process.start()
@@ -64,7 +64,7 @@ def checkpoints(folder: Path) -> list[Path]:
 
 def _run(arguments: list[str], folder: Path, prepare: Callable[[], None] | None) -> None:
     os.chdir(folder)
-    file = os.open("output.txt", os.O_WRONLY | os.O_CREAT | os.O_APPEND)
+    file = os.open("output.txt", os.O_WRONLY | os.O_CREAT | os.O_TRUNC | os.O_APPEND)
     os.dup2(file, 1)
     os.dup2(file, 2)
     import torch  # noqa: PLC0415 - once the output goes where it should
@@ -73,7 +73,7 @@ def _run(arguments: list[str], folder: Path, prepare: Callable[[], None] | None)
     multiprocessing.set_start_method("fork", force=True)  # for what the command starts, as if a shell had started it
     torch.cuda._is_in_bad_fork = lambda: False  # the server has looked for a GPU, and used none
     torch.set_num_threads(1)
+    sys.argv = ["anomalib", *arguments]
     if prepare is not None:
         prepare()
-    sys.argv = ["anomalib", *arguments]
     main()

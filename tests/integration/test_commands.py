@@ -1,7 +1,5 @@
 """anomalib's commands as a user types them, in processes of their own, on small real data."""
 
-import os
-import subprocess
 import sys
 from pathlib import Path
 
@@ -14,24 +12,11 @@ from PIL import Image
 from anomalib_dskd import Afkd, Dskd, Dtgd, Tad, TextureDefects
 from anomalib_dskd.errors import DskdError
 from anomalib_dskd.models.distillation.resuming import canonical_value, constructor_defaults
+from tests.commands import QUIET
+from tests.commands import run as anomalib
 from tests.conftest import TEACHER
 
 CONFIGS = Path(__file__).parents[2] / "configs"
-QUIET = ["--trainer.enable_progress_bar", "false", "--trainer.accelerator", "cpu"]
-
-
-def anomalib(
-    *arguments: str | Path, folder: Path, fails: bool = False, program: str = "anomalib", **variables: str
-) -> str:
-    """Run the command with no network in ``folder``; return what it prints."""
-    command = [sys.executable, "-m", "anomalib.cli.cli", *map(str, arguments)]
-    script = f"import sys; sys.argv[0] = {program!r}; from anomalib.cli.cli import main; main()"
-    command[1:3] = ["-c", script]
-    environment = {**os.environ, "HF_HUB_OFFLINE": "1", "OMP_NUM_THREADS": "1", "COLUMNS": "200", **variables}
-    result = subprocess.run(command, cwd=folder, env=environment, capture_output=True, text=True, check=False)
-    output = result.stdout + result.stderr
-    assert (result.returncode != 0) == fails, output
-    return output
 
 
 @pytest.fixture(scope="module")
@@ -73,12 +58,15 @@ def test_train_prints_no_message_twice_and_none_that_is_not_for_users(run):
     assert "will override existing callbacks" not in output
 
 
+def call_it_something_else() -> None:
+    sys.argv[0] = "other"
+
+
 def test_lightning_still_prints_what_the_command_leaves_out(model_arguments, magnetic_tile_root, tmp_path):
     """If this fails, an entry of ``anomalib_dskd.models.distillation.command`` may no longer be needed."""
     data = ["--data", "anomalib_dskd.MagneticTile", "--data.root", magnetic_tile_root]
-    output = anomalib(
-        "train", *model_arguments, *data, "--trainer.max_epochs", "1", *QUIET, folder=tmp_path, program="other"
-    )
+    command = ["train", *model_arguments, *data, "--trainer.max_epochs", "1", *QUIET]
+    output = anomalib(*command, folder=tmp_path, prepare=call_it_something_else)
     expected = ("Initializing", "Loading the callbacks", "Overriding", "Training took", "litlogger", "in eval mode at")
     missing = [noise for noise in (*expected, "will override existing callbacks", "LeafSpec") if noise not in output]
     assert not missing

@@ -61,9 +61,24 @@ def f32(model, tmp_path_factory) -> openvino.Model:
 
 
 @pytest.fixture(scope="module")
-def int8(model, data, tmp_path_factory) -> openvino.Model:
+def exported_network(model, tmp_path_factory) -> Path:
+    """The ONNX model without post-processor, which INT8 exports convert: PyTorch takes long to export one."""
+    given = copy.deepcopy(model)
+    given.post_processor = None
+    return given.to_onnx(tmp_path_factory.mktemp("onnx"), input_size=SIZE)
+
+
+@pytest.fixture
+def exported_once(exported_network, monkeypatch) -> None:
+    monkeypatch.setattr(Dskd, "to_onnx", lambda *_, **__: exported_network)
+
+
+@pytest.fixture(scope="module")
+def int8(model, exported_network, data, tmp_path_factory) -> openvino.Model:
     folder = tmp_path_factory.mktemp("int8")
-    path = model.to_openvino(folder, input_size=SIZE, compression_type=CompressionType.INT8_PTQ, datamodule=data)
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(Dskd, "to_onnx", lambda *_, **__: exported_network)
+        path = model.to_openvino(folder, input_size=SIZE, compression_type=CompressionType.INT8_PTQ, datamodule=data)
     assert sorted(file.name for file in path.parent.iterdir()) == ["model.bin", "model.xml"]
     return openvino.Core().read_model(path)
 
@@ -92,11 +107,11 @@ def test_scores_of_good_images_in_8_bits_are_those_in_32(f32, int8, data):
     np.testing.assert_allclose(scores[is_good], expected[is_good], rtol=0.1)
 
 
-def test_networks_are_quantised_and_the_map_is_not(int8):
-    assert_networks_are_quantised_and_the_map_is_not(int8)
+def test_networks_are_quantized_and_the_map_is_not(int8):
+    assert_networks_are_quantized_and_the_map_is_not(int8)
 
 
-def assert_networks_are_quantised_and_the_map_is_not(int8: openvino.Model) -> None:
+def assert_networks_are_quantized_and_the_map_is_not(int8: openvino.Model) -> None:
     in_map = set(map_operations(int8))
     kinds = {operation.get_friendly_name(): operation.get_type_name() for operation in int8.get_ops()}
     assert {kinds[name] for name in in_map} >= {"ReduceL2", "Divide", "Interpolate"}
@@ -115,17 +130,16 @@ def assert_networks_are_quantised_and_the_map_is_not(int8: openvino.Model) -> No
 
 
 @pytest.mark.slow
-@pytest.mark.no_cover  # as in test_export.py
 @pytest.mark.parametrize(
     ("kind", "arguments"),
     [(Afkd, {}), (Dtgd, {}), (Tad, {"assistant": "test_efficientnet"})],
     ids=lambda value: getattr(value, "__name__", ""),
 )
-def test_siblings_networks_are_quantised_and_good_images_score_alike(kind, arguments, data, teacher_weights, tmp_path):
+def test_siblings_networks_are_quantized_and_good_images_score_alike(kind, arguments, data, teacher_weights, tmp_path):
     model = trained(kind, data, teacher_weights, tmp_path, **arguments)
     path = model.to_openvino(tmp_path, input_size=SIZE, compression_type=CompressionType.INT8_PTQ, datamodule=data)
     int8 = openvino.Core().read_model(path)
-    assert_networks_are_quantised_and_the_map_is_not(int8)
+    assert_networks_are_quantized_and_the_map_is_not(int8)
     images, is_good = resized_test_images(data)
     f32 = model.eval()(torch.from_numpy(np.concatenate(images)))
     expected, expected_maps = f32.pred_score.flatten().numpy(), f32.anomaly_map.numpy()
@@ -142,7 +156,7 @@ def map_error(network: openvino.Model, f32: openvino.Model, images: list[np.ndar
     return float(np.abs(maps - expected).mean() / expected.mean())
 
 
-def test_plain_quantisation_still_spoils_the_map(f32, int8, data):
+def test_plain_quantization_still_spoils_the_map(f32, int8, data):
     """Fails when the map can be quantized as well, and ``map_operations`` is no longer needed."""
     images, is_good = resized_test_images(data)
     good = [image for image, good in zip(images, is_good, strict=True) if good]
@@ -181,6 +195,7 @@ def best_f1(labels: np.ndarray, scores: np.ndarray) -> float:
     return float((2 * precision * recall / np.maximum(precision + recall, 1e-9)).max())
 
 
+@pytest.mark.usefixtures("exported_once")
 def test_thresholds_are_those_of_the_quantized_scores(model, int8, data, tmp_path):
     wrong = copy.deepcopy(model)
     wrong.post_processor.enable_normalization = True
@@ -208,6 +223,7 @@ def test_thresholds_are_those_of_the_quantized_scores(model, int8, data, tmp_pat
         np.testing.assert_allclose(normalized, expected.clip(0, 1), atol=1e-3)
 
 
+@pytest.mark.usefixtures("exported_once")
 def test_a_failed_export_leaves_no_file(model, data, tmp_path, monkeypatch):
     def fail(*_: object, **__: object) -> None:
         raise KeyboardInterrupt
@@ -218,7 +234,6 @@ def test_a_failed_export_leaves_no_file(model, data, tmp_path, monkeypatch):
     assert not [path for path in tmp_path.rglob("*") if path.suffix in {".xml", ".bin"}]
 
 
-@pytest.mark.no_cover  # as in test_export.py
 def test_the_floating_point_models_own_thresholds_are_found_again(model, data, tmp_path):
     given = copy.deepcopy(model)
     given.post_processor.enable_normalization = True
@@ -240,6 +255,7 @@ def test_the_floating_point_models_own_thresholds_are_found_again(model, data, t
         np.testing.assert_allclose(result[name], expected[name], atol=1e-5)
 
 
+@pytest.mark.usefixtures("exported_once")
 def test_without_a_post_processor_scores_are_raw_and_no_validation_is_needed(model, data, tmp_path):
     given = copy.deepcopy(model)
     given.post_processor = None
@@ -249,7 +265,7 @@ def test_without_a_post_processor_scores_are_raw_and_no_validation_is_needed(mod
     assert [port.get_any_name() for port in openvino.Core().read_model(path).outputs] == ["pred_score", "anomaly_map"]
 
 
-def test_quantisation_without_validation_images_is_refused(model, magnetic_tile_root, tmp_path):
+def test_quantization_without_validation_images_is_refused(model, magnetic_tile_root, tmp_path):
     folder = Folder(
         "tiles", root=magnetic_tile_root, normal_dir="MT_Free/Imgs", extensions=[".jpg"], val_split_mode="none"
     )
@@ -257,7 +273,7 @@ def test_quantisation_without_validation_images_is_refused(model, magnetic_tile_
         model.to_openvino(tmp_path, compression_type=CompressionType.INT8_PTQ, datamodule=folder)
 
 
-def test_quantisation_without_images_is_refused(model, tmp_path):
+def test_quantization_without_images_is_refused(model, tmp_path):
     with pytest.raises(ArgumentError, match="'int8_ptq' needs training images: give --data"):
         model.to_openvino(tmp_path, compression_type=CompressionType.INT8_PTQ)
 

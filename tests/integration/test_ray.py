@@ -39,9 +39,9 @@ def test_jobs_of_a_failed_machine_are_repeated_on_another(cluster, magnetic_tile
     model = {"class_path": "anomalib_dskd.Dskd", "init_args": {"teacher": teacher, "sigma": 2.0}}
     data = {"class_path": "anomalib_dskd.MagneticTile", "init_args": {"root": str(magnetic_tile_root)}}
     config = BenchmarkConfig(
-        models=[ModelSpec(model, epochs=3)],
+        models=[ModelSpec(model, epochs=1)],
         datasets=[DatasetSpec(data)],
-        seeds=[0, 1, 2],
+        seeds=[0, 1],
         image_size=64,
         weights={teacher: str(teacher_weights)},
         measure=Measurements(speed=False),
@@ -62,8 +62,8 @@ def test_jobs_of_a_failed_machine_are_repeated_on_another(cluster, magnetic_tile
     runner = RayRunner(environment(tmp_path / "weights"), lambda *_: None, cpus=1)
     results = list(runner.run(tasks))
     remover.join()
-    assert sorted(result.seed for result in results) == [0, 1, 2]
-    assert [result.reason for result in results] == [None] * 3
+    assert sorted(result.seed for result in results) == [0, 1]
+    assert [result.reason for result in results] == [None] * 2
     assert len(running.worker_nodes) == 1
     for task in tasks:
         assert (task.folder / "predictions.npz").is_file(), task.job.title

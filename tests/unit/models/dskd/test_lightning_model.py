@@ -57,7 +57,7 @@ def test_every_value_of_the_paper_is_the_default():
     assert (parts["l2_weight"], parts["sigma"]) == (model["l2_weight"], model["sigma"])
 
 
-def test_optimiser_is_the_papers_and_leaves_the_teacher_out(tiny_model):
+def test_optimizer_is_the_papers_and_leaves_the_teacher_out(tiny_model):
     optimizer = tiny_model.configure_optimizers()
     assert isinstance(optimizer, torch.optim.Adam)
     (group,) = optimizer.param_groups
