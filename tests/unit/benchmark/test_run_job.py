@@ -300,7 +300,6 @@ def test_a_job_whose_process_is_killed_has_failed(tiny_job, tmp_path):
 
 
 @pytest.mark.slow
-@pytest.mark.no_cover  # it makes an export by torch three times as slow
 @pytest.mark.filterwarnings("ignore")  # of libraries
 def test_speed_and_cost_of_a_real_model_are_measured(tiny_job, tmp_path):
     measure = Measurements(speed=True, int8=True, seconds=0.1)

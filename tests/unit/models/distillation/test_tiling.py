@@ -204,7 +204,6 @@ def test_the_teacher_sees_other_tiles_in_each_epoch(magnetic_tile_root, teacher_
     assert caches == [None]
 
 
-@pytest.mark.no_cover  # it makes an export by torch three times as slow
 @pytest.mark.filterwarnings("ignore")  # of torch's exporter and its dependencies
 def test_exports_compute_the_map_of_tiles(magnetic_tile_root, teacher_weights, tmp_path, monkeypatch):
     model = build(Dskd, teacher_weights)
@@ -224,7 +223,6 @@ def test_exports_compute_the_map_of_tiles(magnetic_tile_root, teacher_weights, t
 
 
 @pytest.mark.slow
-@pytest.mark.no_cover  # as above
 @pytest.mark.filterwarnings("ignore")
 def test_networks_that_see_tiles_can_be_quantized(magnetic_tile_root, teacher_weights, tmp_path):
     model, parts = build(Dskd, teacher_weights), data(magnetic_tile_root)

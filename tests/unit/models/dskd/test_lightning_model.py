@@ -592,15 +592,15 @@ def test_a_model_without_thresholds_is_told_where_they_would_matter(trained, mag
     told = "no validation has set thresholds of this Dskd: scores are not normalized"
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")
-        trained[0].to_onnx(tmp_path / "with")
+        trained[0].to_torch(tmp_path / "with")
         assert told not in caplog.text
         model = copy.deepcopy(trained[0])
         model.post_processor = model.configure_post_processor()
-        model.to_onnx(tmp_path / "without")
+        model.to_torch(tmp_path / "without")
         assert caplog.text.count(told) == 1
         data = PredictDataset(magnetic_tile_root / "MT_Crack" / "Imgs" / "exp1_num_0.jpg")
         engine(tmp_path).predict(model, dataset=data)
         assert caplog.text.count(told) == 2
         model.post_processor.enable_thresholding = False
-        model.to_onnx(tmp_path / "neither")
+        model.to_torch(tmp_path / "neither")
     assert caplog.text.count(told) == 2
