@@ -51,6 +51,7 @@ def test_memory_is_a_limit(data, read):
     assert len(read) == 3 + 3 * 5
 
 
+@pytest.mark.filterwarnings("ignore:This DataLoader will create 2 worker processes")  # where there is one core
 def test_workers_share_decoded_images(data):
     expected = [data.train_data[index].image for index in range(8)]
     cache_training_images(data, memory=1.0)
