@@ -35,14 +35,14 @@ class _NormalQuantile(Metric):
     Args:
         fields: names of two fields of a batch: scores ``(B,)`` or maps ``(B, H, W)``, and labels or masks of the same
             shape.
-        quantile: quantile from 0 to 1.
     """
 
     fields: Sequence[str]
 
-    def __init__(self, fields: list[str], *, quantile: float) -> None:
+    def __init__(self, fields: list[str]) -> None:
         super().__init__(fields=fields, strict=False)
-        self.quantile = quantile
+        self.quantile = NORMAL_QUANTILE
+        """From 0 to 1; the post-processor sets its own before the threshold is computed."""
         self.normal_images: int | None = None
         """Number of normal images that the last threshold is a quantile of; None if there were anomalous images."""
         self.normal_scores: list[Tensor]
@@ -171,9 +171,9 @@ class NormalQuantilePostProcessor(PostProcessor):
             image_sensitivity=self._given.get("image_sensitivity", SENSITIVITY),
             pixel_sensitivity=self._given.get("pixel_sensitivity", SENSITIVITY),
         )
-        quantile = self.normal_quantile = self._given.get("normal_quantile", NORMAL_QUANTILE)
-        self._image_threshold_metric = NormalQuantileThreshold(["pred_score", "gt_label"], quantile=quantile)
-        self._pixel_threshold_metric = NormalQuantilePixelThreshold(["anomaly_map", "gt_mask"], quantile=quantile)
+        self.normal_quantile = self._given.get("normal_quantile", NORMAL_QUANTILE)
+        self._image_threshold_metric = NormalQuantileThreshold(["pred_score", "gt_label"])
+        self._pixel_threshold_metric = NormalQuantilePixelThreshold(["anomaly_map", "gt_mask"])
         self._has_warned = False
 
     @property
@@ -183,13 +183,12 @@ class NormalQuantilePostProcessor(PostProcessor):
     def load_checkpoint_config(self, config: dict[str, Any]) -> None:
         """Load a checkpoint's settings, except those that were given to the constructor."""
         super().load_checkpoint_config({name: value for name, value in config.items() if name not in self._given})
-        for metric in (self._image_threshold_metric, self._pixel_threshold_metric):
-            metric.quantile = self.normal_quantile
 
     def on_validation_epoch_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
         """Set thresholds and the range of scores."""
         metrics = {"image": self._image_threshold_metric, "pixel": self._pixel_threshold_metric}
         for metric in metrics.values():
+            metric.quantile = self.normal_quantile
             metric.normal_images = None  # of an earlier validation
         super().on_validation_epoch_end(trainer, pl_module)
         counts = [metric.normal_images for metric in metrics.values() if metric.normal_images is not None]

@@ -100,7 +100,7 @@ class ResultVisualizer(ImageVisualizer):
             self._given = self.output_dir
         folder = Path(self._given or Path(trainer.default_root_dir) / "images")
         self.output_dir = self._of_run = trainer.strategy.broadcast(_unused_folder(folder))
-        self._common = _common_folder(images)
+        self._common = common_folder(images)
 
 
 def check_file_names(visualizer: ImageVisualizer, images: Iterable[str | Path], data: object | None) -> None:
@@ -155,7 +155,7 @@ def _unused_folder(folder: Path) -> Path:
     return unused
 
 
-def _common_folder(images: Iterable[str | Path]) -> Path | None:
+def common_folder(images: Iterable[str | Path]) -> Path | None:
     """Return the folder that all images are in; None if they are unknown, or on several drives."""
     folders = {Path(os.path.abspath(image)).parent for image in images}
     try:

@@ -240,6 +240,12 @@ def test_given_settings_override_those_of_the_checkpoint():
     assert normal_only(default).image_threshold.item() == pytest.approx(np.quantile(NORMAL_SCORES, 0.9), rel=1e-6)
 
 
+def test_a_quantile_that_is_set_later_counts_in_the_next_validation():
+    ours = NormalQuantilePostProcessor()
+    ours.normal_quantile = 0.9
+    assert normal_only(ours).image_threshold.item() == pytest.approx(np.quantile(NORMAL_SCORES, 0.9), rel=1e-6)
+
+
 def test_checkpoints_of_anomalibs_post_processor_load():
     theirs, ours = normal_only(PostProcessor(image_sensitivity=0.7)), NormalQuantilePostProcessor()
     assert ours.state_dict().keys() == theirs.state_dict().keys()

@@ -224,6 +224,7 @@ _SETTINGS = {
     "schedule": "constant",
     "betas": [0.5, 0.999],
     "hard_mining": 0.0,
+    "ema_decay": 0.0,
 }
 """Arguments that the paper sets and its ablations do not change."""
 

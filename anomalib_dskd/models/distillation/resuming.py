@@ -90,6 +90,7 @@ def adopt_arguments(model: "CheckpointMixin", checkpoint: Mapping[str, Any]) -> 
         return
     known = {name: value for name, value in model.hparams.items() if name in defaults}
     rebuilt = kind(**{**known, **adopted}).to(model.device)
+    rebuilt.model.tiler = model.model.tiler  # of a callback, which has been set up before the checkpoint is loaded
     names = {name for each in (model, rebuilt) for name, _ in each.named_children()}
     for name in names - {"pre_processor", "post_processor", "evaluator"}:  # which anomalib restores itself
         setattr(model, name, getattr(rebuilt, name, None))

@@ -16,7 +16,7 @@ from rich.text import Text
 
 from anomalib_dskd.file_writing import write_file
 from anomalib_dskd.models.distillation.command import runs_in_command
-from anomalib_dskd.visualization import verdict
+from anomalib_dskd.visualization import common_folder, verdict
 
 __all__ = ["ReportPredictions"]
 
@@ -80,7 +80,7 @@ class ReportPredictions(Callback):
         # several processes read some images twice, to have equal numbers
         results = pd.DataFrame(self.rows).drop_duplicates("file").sort_values("file")
         if runs_in_command():
-            _print_table(results)
+            print_table(results)
         visualizer = getattr(pl_module, "visualizer", None)
         images = visualizer.output_dir if isinstance(visualizer, ImageVisualizer) else None
         folder = trainer.default_root_dir if images is None and runs_in_command() else images
@@ -92,13 +92,14 @@ class ReportPredictions(Callback):
             logger.info("Images with anomaly maps: %s", images)
 
 
-def _print_table(results: pd.DataFrame) -> None:
+def print_table(results: pd.DataFrame) -> None:
     """Print the images with the highest scores, with their names below the folder that contains all of them."""
-    root = os.path.commonpath([Path(file).absolute().parent for file in results["file"]])
+    root = common_folder(results["file"])
     table = Table(*(Column(name, overflow="fold") for name in results.columns))
     highest = results.sort_values("score", ascending=False, kind="stable").head(MAX_ROWS)
     for file, score, *labels in highest.itertuples(index=False):
-        name = os.fsencode(os.path.relpath(file, root)).decode(errors="replace")
+        shown = file if root is None else os.path.relpath(file, root)
+        name = os.fsencode(shown).decode(errors="replace")
         table.add_row(Text(name), f"{score:.3f}", *labels)
     console = Console()
     console.print(table)

@@ -393,6 +393,7 @@ def test_paper_means_agree_with_its_categories(benchmark):
         ({"sigma": 2.0}, None),
         ({"schedule": "one_cycle"}, None),
         ({"hard_mining": 0.7}, None),
+        ({"ema_decay": 0.99}, None),
         ({"l2_weight": 0.0, "map_pair": "E-D"}, None),
     ],
 )

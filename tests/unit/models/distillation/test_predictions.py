@@ -11,7 +11,7 @@ from anomalib.data import Folder, ImageBatch
 from PIL import Image
 
 from anomalib_dskd import Dskd
-from anomalib_dskd.models.distillation.callbacks import ReportPredictions
+from anomalib_dskd.models.distillation.callbacks import ReportPredictions, predictions
 from anomalib_dskd.visualization import ResultVisualizer
 from tests.conftest import TEACHER, engine
 
@@ -117,3 +117,14 @@ def test_without_a_threshold_there_is_no_verdict_and_without_a_file_no_row():
     assert report.rows == []
     report.on_test_batch_end(None, None, ImageBatch(image=image, pred_score=score, image_path=["a.png"]))
     assert report.rows == [{"file": "a.png", "score": 0.25, "verdict": ""}]
+
+
+def test_images_on_several_drives_are_named_whole(monkeypatch, capsys):
+    def commonpath(_):
+        raise ValueError("Paths don't have the same drive")  # as on Windows
+
+    monkeypatch.setattr("os.path.commonpath", commonpath)
+    predictions.print_table(pd.DataFrame({"file": ["/c/a.png", "/d/b.png"], "score": [0.6, 0.4], "verdict": "normal"}))
+    printed = capsys.readouterr().out
+    assert "/c/a.png" in printed
+    assert "/d/b.png" in printed

@@ -129,6 +129,15 @@ def test_other_tiles_than_the_checkpoints_are_refused(settings, given):
         create_tiler(settings, given)
 
 
+def test_other_tiles_than_the_checkpoints_are_refused_where_arguments_come_from_it(
+    magnetic_tile_root, teacher_weights, tmp_path
+):
+    checkpoint = fit(build(Dskd, teacher_weights), magnetic_tile_root, tmp_path, tile_size=TILE, stride=STRIDE)
+    other = engine(tmp_path, callbacks=[TilerConfigurationCallback(enable=True, tile_size=TILE, stride=TILE)])
+    with pytest.raises(ArgumentError, match="tiling: checkpoint has"):
+        other.test(Dskd(teacher=TEACHER), datamodule=data(magnetic_tile_root), ckpt_path=checkpoint)
+
+
 def test_removed_borders_are_refused(magnetic_tile_root, teacher_weights, tmp_path):
     with pytest.raises(ArgumentError, match="remove_border_count 2 is not supported"):
         fit(build(Dskd, teacher_weights), magnetic_tile_root, tmp_path, tile_size=TILE, remove_border_count=2)
