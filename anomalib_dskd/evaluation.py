@@ -31,7 +31,6 @@ __all__ = [
     "PixelAUROC",
     "RawScoreEvaluator",
     "check_labels",
-    "drop_raw_scores",
     "keep_raw_scores",
 ]
 
@@ -54,12 +53,6 @@ def keep_raw_scores(batch: ImageBatch, predictions: InferenceBatch, *, largest: 
     """
     for name in RAW_FIELDS:
         vars(batch)[f"raw_{name}"] = (getattr(predictions, name) / largest).clamp(0, 1)  # against rounding errors
-
-
-def drop_raw_scores(batch: ImageBatch) -> None:
-    """Remove from ``batch`` what :func:`keep_raw_scores` adds."""
-    for name in RAW_FIELDS:
-        del vars(batch)[f"raw_{name}"]
 
 
 class _DefinedMetric(Metric):
@@ -157,7 +150,11 @@ class RawScoreEvaluator(Evaluator):
     def __init__(self, *, validation: bool = False) -> None:
         super().__init__(
             val_metrics=_ranking_metrics() if validation else None,
-            test_metrics=[*_ranking_metrics(), *_label_metrics()],
+            test_metrics=[
+                *_ranking_metrics(),
+                F1Score(fields=["pred_label", "gt_label"], prefix="image_"),
+                F1Score(fields=["pred_mask", "gt_mask"], prefix="pixel_"),
+            ],
         )
         self._warned: set[str] = set()
 
@@ -220,11 +217,4 @@ def _ranking_metrics() -> Sequence[AnomalibMetric]:
         AUROC(fields=["raw_pred_score", "gt_label"], prefix="image_"),
         PixelAUROC(fields=pixel_fields, prefix="pixel_"),
         PixelAUPRO(fields=pixel_fields, prefix="pixel_", fpr_limit=FPR_LIMIT),
-    ]
-
-
-def _label_metrics() -> Sequence[AnomalibMetric]:
-    return [
-        F1Score(fields=["pred_label", "gt_label"], prefix="image_"),
-        F1Score(fields=["pred_mask", "gt_mask"], prefix="pixel_"),
     ]

@@ -19,10 +19,18 @@ if TYPE_CHECKING:
     from anomalib.engine import Engine
     from anomalib.models.components import AnomalibModule
 
+    from anomalib_dskd.benchmark.job_result import Metrics
+
 warnings.simplefilter("ignore")
 
 CONFIGS = Path(__file__).parents[1] / "configs"
-METRICS = ("image_AUROC", "pixel_AUROC", "pixel_AUPRO")
+METRICS = ("image_AUROC", "pixel_AUROC", "pixel_AUPRO")  # of `anomalib test`
+BENCHMARK_METRICS = {
+    "image_AUROC": "image AUROC",
+    "image_F1": "image F1",
+    "pixel_AUROC": "pixel AUROC",
+    "AUPRO": "AUPRO",
+}  # of the benchmark, and how tables name them
 NO_EVALUATION = {"visualizer": False, "evaluator": False}
 OPTIONS: dict[str, dict[str, object]] = {
     "--root": {"type": Path, "required": True, "help": "folder of the Magnetic Tile Defects data set"},
@@ -121,6 +129,11 @@ class MemorySampler(threading.Thread):
 def percent(value: float | None, digits: int = 1) -> str:
     """Format a fraction as a percentage, and None as ``n/a``."""
     return "n/a" if value is None else f"{100 * value:.{digits}f}"
+
+
+def metric_cells(metrics: "Metrics", digits: int = 1) -> list[str]:
+    """Return the cells of a table for ``BENCHMARK_METRICS``."""
+    return [percent(getattr(metrics, name), digits) for name in BENCHMARK_METRICS]
 
 
 def print_row(*cells: object) -> None:

@@ -14,6 +14,7 @@ from torchvision.transforms.v2 import Resize
 from torchvision.tv_tensors import Image, Mask
 
 from anomalib_dskd import Dskd, MagneticTile
+from anomalib_dskd.benchmark.job_result import Metrics
 from anomalib_dskd.benchmark.predictions import Predictions, compute_metrics
 
 COMPRESSIONS: dict[str, CompressionType | None] = {
@@ -43,7 +44,7 @@ for item in data.test_data:
     labels.append(int(item.gt_label))
 
 
-def evaluate(compiled: openvino.CompiledModel) -> dict[str, float | None]:
+def evaluate(compiled: openvino.CompiledModel) -> Metrics:
     """Return the metrics of a compiled model on the test set."""
     scores, maps = [], []
     for start in range(0, len(images), options.batch):
@@ -62,7 +63,7 @@ def evaluate(compiled: openvino.CompiledModel) -> dict[str, float | None]:
     )
 
 
-common.print_header("export", "inference precision", "image AUROC", "image F1", "pixel AUROC", "AUPRO")
+common.print_header("export", "inference precision", *common.BENCHMARK_METRICS.values())
 for name in options.only:
     compression = COMPRESSIONS[name]
     with tempfile.TemporaryDirectory() as folder, torch.inference_mode():
@@ -76,6 +77,5 @@ for name in options.only:
         network.reshape([-1, 3, *model.input_size])
         for precision in PRECISIONS:
             compiled = openvino.Core().compile_model(network, "CPU", {"INFERENCE_PRECISION_HINT": precision})
-            metrics = evaluate(compiled).values()
-            common.print_row(name, precision, *(common.percent(value, digits=2) for value in metrics))
+            common.print_row(name, precision, *common.metric_cells(evaluate(compiled), digits=2))
         del network  # its file is removed with the folder

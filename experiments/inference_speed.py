@@ -130,7 +130,7 @@ def export(
     model = build()
     data = MagneticTile(options.root) if compression == INT8 else None
     path = model.to_openvino(folder, input_size=SIZE, compression_type=compression, datamodule=data)
-    macs = measure_cost(model, SIZE, trained=0)["macs"]
+    macs = measure_cost(model, SIZE)["macs"]
     operations = set(map_operations(core.read_model(path))) if isinstance(model, DistillationModule) else set()
     return Export(path, int(macs or 0), operations, precision)
 

@@ -33,7 +33,7 @@ VARIANTS: dict[str, dict[str, object]] = {
 options = common.option_parser(__doc__, "--root", "--checkpoint").parse_args()
 trained = Dskd.load_from_checkpoint(options.checkpoint, map_location="cpu")
 weights = {name: value for name, value in trained.state_dict().items() if not name.startswith("evaluator.")}
-common.print_header("map", "image AUROC", "image F1", "pixel AUROC", "AUPRO", "AUPRO per kind of defect")
+common.print_header("map", *common.BENCHMARK_METRICS.values(), "AUPRO per kind of defect")
 for name, arguments in VARIANTS.items():
     model = Dskd(**{**trained.hparams, **arguments, **common.NO_EVALUATION})
     model.load_state_dict(weights)
@@ -44,5 +44,5 @@ for name, arguments in VARIANTS.items():
         labels = dict(zip(data.test_data.samples.image_path, data.test_data.samples.label, strict=True))
         predictions = recorder.predictions(labels)
         by_class = compute_metrics_by_class(predictions).items()
-        kinds = ", ".join(f"{kind} {common.percent(values['AUPRO'])}" for kind, values in by_class)
-        common.print_row(name, *map(common.percent, compute_metrics(predictions).values()), kinds)
+        kinds = ", ".join(f"{kind} {common.percent(values.AUPRO)}" for kind, values in by_class)
+        common.print_row(name, *common.metric_cells(compute_metrics(predictions)), kinds)

@@ -24,7 +24,7 @@ from matplotlib.figure import Figure
 from anomalib_dskd import Dskd, MagneticTile
 from anomalib_dskd.benchmark.predictions import Predictions, compute_metrics
 
-METRICS = {"image_AUROC": "image AUROC", "pixel_AUROC": "pixel AUROC", "AUPRO": "AUPRO"}
+METRICS = {name: title for name, title in common.BENCHMARK_METRICS.items() if name != "image_F1"}
 COLORS = {"DSKD, recommended": "#0969da", "Reverse Distillation": "#bc4c00"}
 
 parser = common.option_parser(
@@ -64,7 +64,7 @@ class Curve(Callback):
             )
         )
         row = {"epochs": trainer.current_epoch + 1, "seconds": round(self.seconds)}
-        self.rows.append(row | {name: round(metrics[name], 4) for name in METRICS})
+        self.rows.append(row | {name: round(getattr(metrics, name), 4) for name in METRICS})
         self.running_since = time.perf_counter()
 
     def collect(self, field: str) -> np.ndarray:

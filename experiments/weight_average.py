@@ -64,7 +64,8 @@ def held_out_loss(model: Dskd, loader: DataLoader) -> float:
     total = 0.0
     for batch in loader:
         images = model.pre_processor(batch.image)
-        losses = model.loss(model.model.teacher_features(images), model.model.student_features(images))
+        teacher = model.model.teacher_features(images)
+        losses = model.loss(teacher, model.model.student_features(images, teacher))
         total += float(sum(losses.values())) * len(images)
     return total / len(loader.dataset)
 

@@ -5,33 +5,33 @@ import os
 import platform
 import subprocess
 from pathlib import Path
-from typing import Any
 
 import torch
 
 import anomalib_dskd
+from anomalib_dskd.benchmark.job_result import Machine
 
 __all__ = ["describe_machine"]
 
 PACKAGES = ("anomalib", "torch", "openvino", "timm", "anomalib_dskd")
 
 
-def describe_machine(accelerator: str) -> dict[str, Any]:
+def describe_machine(accelerator: str) -> Machine:
     """Return the processor, its cores and threads, the platform, and the versions of Python and the packages.
 
     Args:
         accelerator: as in Lightning's Trainer; unless it is ``cpu``, the GPU is described too, if there is one.
     """
-    return {
-        "cpu": _cpu(),
-        "cores": len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count(),
-        "threads": torch.get_num_threads(),
-        "gpu": torch.cuda.get_device_name() if accelerator != "cpu" and torch.cuda.is_available() else None,
-        "platform": platform.platform(),
-        "python": platform.python_version(),
+    return Machine(
+        cpu=_cpu(),
+        cores=len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count(),
+        threads=torch.get_num_threads(),
+        gpu=torch.cuda.get_device_name() if accelerator != "cpu" and torch.cuda.is_available() else None,
+        platform=platform.platform(),
+        python=platform.python_version(),
         **{name: _version(name) for name in PACKAGES},
-        "commit": _commit(),
-    }
+        commit=_commit(),
+    )
 
 
 def _cpu() -> str:

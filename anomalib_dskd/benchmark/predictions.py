@@ -16,6 +16,7 @@ from lightning import Callback, LightningModule, Trainer
 from numpy.typing import NDArray
 from torch import Tensor, nn
 
+from anomalib_dskd.benchmark.job_result import ClassMetrics, Metrics
 from anomalib_dskd.benchmark.predictions_file import ArrayFile, write_arrays
 from anomalib_dskd.errors import DskdError
 from anomalib_dskd.evaluation import FPR_LIMIT
@@ -26,7 +27,6 @@ __all__ = ["Predictions", "ScoreRecorder", "compute_metrics", "compute_metrics_b
 
 FILES = {"anomaly_map": np.float32, "gt_mask": np.uint8}  # fields of a batch, and the type that they are stored with
 PIXELS_AT_ONCE = 1 << 22  # a batch of maps in memory: adding up its counts takes no longer than counting
-METRICS = ("image_AUROC", "image_F1", "image_F1_at_threshold", "pixel_AUROC", "AUPRO")
 
 
 @dataclass(frozen=True)
@@ -156,9 +156,7 @@ def predict_labels(post_processor: nn.Module | None, scores: NDArray[np.float32]
     return labels.flatten().numpy().astype(np.int64)
 
 
-def compute_metrics(
-    predictions: Predictions, chosen: NDArray[np.bool_] | slice = slice(None)
-) -> dict[str, float | None]:
+def compute_metrics(predictions: Predictions, chosen: NDArray[np.bool_] | slice = slice(None)) -> Metrics:
     """Compute image AUROC, image F1, pixel AUROC, and AUPRO up to a false positive rate of 0.3.
 
     Image F1 is computed at the best threshold for these images, and at the model's own.
@@ -171,15 +169,19 @@ def compute_metrics(
         Fractions; None where the images include no normal image, no defect, no maps, no masks or no labels.
     """
     labels, scores = predictions.labels[chosen], predictions.scores[chosen]
-    result: dict[str, float | None] = dict.fromkeys(METRICS)
+    predicted = predictions.predicted_labels
+    image_auroc = image_f1 = None
     if len(np.unique(labels)) > 1:
         scores = _into_unit_range(scores, _limits(scores))
-        result["image_AUROC"] = _compute(AUROC, scores, labels)
-        result["image_F1"] = _compute(F1Max, scores, labels)
-    if predictions.predicted_labels is not None:
-        result["image_F1_at_threshold"] = label_f1(predictions.predicted_labels[chosen], labels)
-    result["pixel_AUROC"], result["AUPRO"] = _compute_pixel_metrics(predictions, chosen)
-    return result
+        image_auroc, image_f1 = _compute(AUROC, scores, labels), _compute(F1Max, scores, labels)
+    pixel_auroc, aupro = _compute_pixel_metrics(predictions, chosen)
+    return Metrics(
+        image_AUROC=image_auroc,
+        image_F1=image_f1,
+        image_F1_at_threshold=None if predicted is None else label_f1(predicted[chosen], labels),
+        pixel_AUROC=pixel_auroc,
+        AUPRO=aupro,
+    )
 
 
 def _compute_pixel_metrics(
@@ -211,13 +213,14 @@ def label_f1(predicted: NDArray[Any], labels: NDArray[Any]) -> float | None:
     return _compute(F1Score, predicted.astype(np.int64), labels.astype(np.int64)) if has_both else None
 
 
-def compute_metrics_by_class(predictions: Predictions) -> dict[str, dict[str, float | int | None]]:
+def compute_metrics_by_class(predictions: Predictions) -> dict[str, ClassMetrics]:
     """Compute the number of images and the metrics of each kind of defect, each against all normal images."""
     classes, is_normal = np.array(predictions.classes), predictions.labels == 0
-    result: dict[str, dict[str, float | int | None]] = {}
+    result = {}
     for kind in sorted(set(classes[~is_normal].tolist()) - {""}):
         of_kind = (classes == kind) & ~is_normal
-        result[kind] = {"images": int(of_kind.sum()), **compute_metrics(predictions, is_normal | of_kind)}
+        metrics = compute_metrics(predictions, is_normal | of_kind)
+        result[kind] = ClassMetrics(**vars(metrics), images=int(of_kind.sum()))
     return result
 
 

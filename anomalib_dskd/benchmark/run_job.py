@@ -7,7 +7,7 @@ from collections.abc import Callable
 from dataclasses import asdict, replace
 from pathlib import Path
 from tempfile import TemporaryDirectory
-from typing import Any, cast
+from typing import Any
 
 import pandas as pd
 import torch
@@ -21,11 +21,8 @@ from lightning import Callback, LightningModule, Trainer, seed_everything
 from anomalib_dskd.benchmark.build_job import build_data_module, build_model, import_model_class
 from anomalib_dskd.benchmark.config import SET_BY_MODEL, Job, Measurements
 from anomalib_dskd.benchmark.job_result import (
-    ClassMetrics,
     Cost,
     JobResult,
-    Machine,
-    Metrics,
     Speed,
     Training,
     Weights,
@@ -82,11 +79,11 @@ def run_job(job: Job, folder: Path, report: Report, checkpoint: Path | None = No
     result = JobResult.of(
         job,
         status="done",
-        metrics=Metrics(**metrics),
-        classes={name: ClassMetrics(**cast("dict[str, Any]", values)) for name, values in classes.items()},
+        metrics=metrics,
+        classes=classes,
         training=training,
         weights=_weights(job, model),
-        machine=Machine(**describe_machine(job.accelerator)),
+        machine=describe_machine(job.accelerator),
         started=started,
         **({"epochs": training.epochs, "epochs_source": SET_BY_MODEL} if _sets_epochs(job, model) else {}),
     )
@@ -243,7 +240,7 @@ def _measure(job: Job, model: AnomalibModule, data: AnomalibDataModule, cost: Co
             problems.append(f"{name}: {type(error).__name__}: {' '.join(str(error).split())[:300]}")
             return None
 
-    speed, costs = {}, attempt("cost", lambda: measure_cost(model, size, cost.trained_parameters or 0)) or {}
+    speed, costs = {}, attempt("cost", lambda: measure_cost(model, size)) or {}
     if job.measure.speed:
         speed["pytorch_ms"] = attempt("PyTorch", lambda: measure_pytorch(model, size, seconds=seconds))
         fp32 = attempt("OpenVINO", lambda: measure_openvino(model, size, seconds=seconds))

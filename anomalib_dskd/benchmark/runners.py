@@ -141,13 +141,10 @@ class RayRunner:
             if started_here:
                 ray.shutdown()
 
-    def _nodes(self) -> list[dict[str, Any]]:
-        nodes: list[dict[str, Any]] = self.ray.nodes()  # type: ignore[no-untyped-call]
-        return nodes
-
     def _check_machines(self) -> None:
         """Raise if no machine can run a job: Ray would wait forever."""
-        machines = [node["Resources"] for node in self._nodes() if node["Alive"]]
+        nodes = self.ray.nodes()  # type: ignore[no-untyped-call]
+        machines = [node["Resources"] for node in nodes if node["Alive"]]
         for option, resource in (("cpus", "CPU"), ("gpus", "GPU")):
             asked = self.resources[f"num_{option}"]
             largest = max((machine.get(resource, 0) for machine in machines), default=0)

@@ -33,14 +33,13 @@ def peak_memory_mib() -> float | None:
     return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / MIB  # bytes on macOS
 
 
-def measure_cost(model: AnomalibModule, size: tuple[int, int], trained: int) -> dict[str, float | int | None]:
-    """Return the number of parameters, of ``trained`` parameters, and of multiply-adds of one image ``(3, *size)``."""
+def measure_cost(model: AnomalibModule, size: tuple[int, int]) -> dict[str, float | int | None]:
+    """Return the number of parameters, and of multiply-adds of one image ``(3, *size)``."""
     model.eval()
     with torch.inference_mode(), FlopCounterMode(display=False) as counter:
         model.model(torch.rand(1, 3, *size))
     return {
         "parameters": sum(parameter.numel() for parameter in model.model.parameters()),
-        "trained_parameters": trained,
         "macs": counter.get_total_flops() // 2,
     }
 

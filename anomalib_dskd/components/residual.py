@@ -39,10 +39,10 @@ def halvings(stride: float) -> list[int]:
     return [2] * round(math.log2(stride)) or [1]
 
 
-def conv_block(in_channels: int, out_channels: int, *, stride: int = 1) -> nn.Sequential:
-    """Return a 3x3 convolution with batch norm and ReLU; the output size is ``ceil(input / stride)``."""
+def conv_block(in_channels: int, out_channels: int, *, kernel_size: int = 3, stride: int = 1) -> nn.Sequential:
+    """Return a convolution with batch norm and ReLU; the output size is ``ceil(input / stride)``."""
     return nn.Sequential(
-        WideConv2d(in_channels, out_channels, kernel_size=3, stride=stride, padding=1),
+        WideConv2d(in_channels, out_channels, kernel_size=kernel_size, stride=stride, padding=kernel_size // 2),
         nn.BatchNorm2d(out_channels),
         nn.ReLU(inplace=True),
     )

@@ -74,11 +74,6 @@ class FeatureCache:
         """Bytes of features in memory."""
         return sum(block.nbytes for block in self._blocks if not isinstance(block, np.memmap))
 
-    @property
-    def bytes_on_disk(self) -> int:
-        """Bytes of features in the temporary file."""
-        return sum(block.nbytes for block in self._blocks if isinstance(block, np.memmap))
-
     def __call__(self, images: Tensor) -> list[Tensor]:
         """Return the features of images ``(B, 3, H, W)``, rounded in the same way whether cached or just computed.
 

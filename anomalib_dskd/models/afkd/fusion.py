@@ -14,7 +14,6 @@ from torch.nn import functional as F  # noqa: N812
 
 from anomalib_dskd.argument_checks import check_choice
 from anomalib_dskd.components.backbone import FeatureLevel
-from anomalib_dskd.components.convolution import WideConv2d
 from anomalib_dskd.components.embedding import reduction
 from anomalib_dskd.components.residual import conv_block, match_size
 
@@ -63,7 +62,9 @@ class FusedLevel(nn.Module):
         self.target = target
         channels = levels[target].channels
         self.paths = nn.ModuleList(
-            reduction(levels[source : target + 1]) if source < target else _pointwise(levels[source].channels, channels)
+            reduction(levels[source : target + 1])
+            if source < target
+            else conv_block(levels[source].channels, channels, kernel_size=1)
             for source in range(len(levels))
         )
         self.scores: nn.Conv2d | None = None
@@ -125,9 +126,3 @@ class AsymptoticFusion(nn.Module):
         for count, step in enumerate(self.meetings, start=2):
             fused[:count] = [level(fused[:count]) for level in cast("nn.ModuleList", step)]
         return fused
-
-
-def _pointwise(in_channels: int, out_channels: int) -> nn.Sequential:
-    return nn.Sequential(
-        WideConv2d(in_channels, out_channels, kernel_size=1), nn.BatchNorm2d(out_channels), nn.ReLU(inplace=True)
-    )

@@ -10,7 +10,7 @@ from lightning.pytorch.trainer.states import TrainerFn
 from torch import Tensor
 
 from anomalib_dskd.errors import ArgumentError, NotTrainedError
-from anomalib_dskd.evaluation import drop_raw_scores, keep_raw_scores
+from anomalib_dskd.evaluation import keep_raw_scores
 from anomalib_dskd.models.distillation.images import check_batch, check_images
 from anomalib_dskd.models.distillation.mixin_base import ModuleMixin
 from anomalib_dskd.models.distillation.torch_model import DistillationModel
@@ -52,20 +52,22 @@ class EvaluationMixin(ModuleMixin):
             return super().forward(batch)
 
     def validation_step(self, batch: ImageBatch, batch_idx: int, dataloader_idx: int = 0) -> ImageBatch:  # type: ignore[override] # noqa: ARG002
-        """Add map ``(B, 1, H, W)`` and score ``(B, 1)`` to the batch."""
-        check_batch(batch)
-        predictions: InferenceBatch = self.model(batch.image)
-        keep_raw_scores(batch, predictions, largest=self.model.largest_score)
-        batch.update(**predictions._asdict())
+        """Add map ``(B, 1, H, W)`` and score ``(B, 1)`` to the batch, and raw ones for the metrics."""
+        keep_raw_scores(batch, self._predict(batch), largest=self.model.largest_score)
         return batch
 
     test_step = validation_step  # type: ignore[assignment]
 
-    def predict_step(self, batch: ImageBatch, batch_idx: int, dataloader_idx: int = 0) -> ImageBatch:  # type: ignore[override]
+    def predict_step(self, batch: ImageBatch, batch_idx: int, dataloader_idx: int = 0) -> ImageBatch:  # type: ignore[override] # noqa: ARG002
         """Add map and score to the batch, without raw ones: no metric reads them, and predictions may be kept."""
-        batch = self.validation_step(batch, batch_idx, dataloader_idx)
-        drop_raw_scores(batch)
+        self._predict(batch)
         return batch
+
+    def _predict(self, batch: ImageBatch) -> InferenceBatch:
+        check_batch(batch)
+        predictions: InferenceBatch = self.model(batch.image)
+        batch.update(**predictions._asdict())
+        return predictions
 
     def on_validation_start(self) -> None:
         """Refuse to validate before training."""

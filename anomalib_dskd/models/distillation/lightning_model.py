@@ -241,7 +241,7 @@ class DistillationModule(ExportMixin, CheckpointMixin):
         """Check the Trainer's settings, and load the teacher's weights unless a checkpoint has provided them."""
         check_trainer(self.trainer)
         self.check_image_size()  # again, for the tiles of a callback
-        self.trainer.num_sanity_val_steps = 0  # as in `trainer_arguments`, which only anomalib's Engine reads
+        self.trainer.num_sanity_val_steps = 0  # before training there are no results to validate
         self.train()  # an earlier export or prediction has left the students in evaluation mode
         if self.model.teacher.weights_origin is None:
             self.load_teacher_weights()
@@ -308,8 +308,8 @@ class DistillationModule(ExportMixin, CheckpointMixin):
 
     @property
     def trainer_arguments(self) -> dict[str, Any]:
-        """Arguments that this model imposes on Lightning's Trainer."""
-        return {"num_sanity_val_steps": 0}
+        """Arguments that this model imposes on Lightning's Trainer: none."""
+        return {}
 
     @property
     def learning_type(self) -> LearningType:

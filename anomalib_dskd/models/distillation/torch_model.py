@@ -50,6 +50,10 @@ class DistillationModel(nn.Module):
         super().__init__()
         self.is_trained = False
         self.teacher = Teacher(teacher, layers)
+        self.map_levels: Sequence[int] = range(len(self.teacher.levels))
+        """Positions in the pyramid of the levels that the map sums."""
+        self.coarsest_stride = 2 * self.teacher.levels[-1].stride
+        """Stride in image pixels of the coarsest features: those of an embedding below the deepest level."""
         self.tiler: Tiler | None = None
         """Set by anomalib's ``TilerConfigurationCallback`` or a checkpoint, to compute maps of tiles of the images."""
         self.teacher_cache: FeatureCache | None = None
@@ -59,19 +63,9 @@ class DistillationModel(nn.Module):
         )
 
     @property
-    def coarsest_stride(self) -> int:
-        """Stride in image pixels of the coarsest features: those of an embedding below the deepest level."""
-        return 2 * self.teacher.levels[-1].stride
-
-    @property
     def smallest_image(self) -> int:
         """Least height and width in pixels: two cells of the coarsest features, and more than the blur reflects."""
         return max(2 * self.coarsest_stride, self.anomaly_map_generator.margin + 1)
-
-    @property
-    def map_levels(self) -> Sequence[int]:
-        """Positions in the pyramid of the levels that the map sums."""
-        return range(len(self.teacher.levels))
 
     @property
     def largest_score(self) -> float:

@@ -79,7 +79,7 @@ class DskdModel(DistillationModel):
         super().__init__(teacher, layers, l2_weight=l2_weight, **kwargs)
         self.map_pair = map_pair
         self.losses = losses
-        self._map_levels = _positions(map_layers, layers)
+        self.map_levels = _positions(map_layers, layers)
         self.embedding_input = embedding_input
         self.embedding_gradient = embedding_gradient
         self.encoder_student = Backbone(teacher, layers) if encoder == "student" else None
@@ -89,11 +89,6 @@ class DskdModel(DistillationModel):
         if losses != "encoder":
             self.embedding = DeepFeatureEmbedding(levels, embedding_blocks) if embedding else DirectEmbedding(levels)
             self.decoder_student = DecoderStudent(levels)
-
-    @property
-    def map_levels(self) -> Sequence[int]:
-        """Positions in the pyramid of the levels that the map sums."""
-        return self._map_levels
 
     def student_features(self, images: Tensor, teacher: Pyramid) -> dict[str, list[Tensor]]:
         """Map images ``(B, 3, H, W)`` to the pyramids of the students that are distilled, which Eq. (7) compares."""

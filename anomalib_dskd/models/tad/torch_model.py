@@ -32,12 +32,8 @@ class TadModel(DistillationModel):
     def __init__(self, teacher: str, layers: Sequence[int] = (1, 2, 3), **kwargs: Any) -> None:  # noqa: ANN401
         super().__init__(teacher, layers, **kwargs)
         self.student = Backbone(teacher, layers)
+        self.coarsest_stride = self.teacher.levels[-1].stride  # no embedding below the deepest level
 
-    @property
-    def coarsest_stride(self) -> int:
-        """Stride in image pixels of the coarsest features: there is no embedding below the deepest level."""
-        return self.teacher.levels[-1].stride
-
-    def student_features(self, images: Tensor, teacher: Pyramid | None = None) -> dict[str, list[Tensor]]:  # noqa: ARG002
+    def student_features(self, images: Tensor, teacher: Pyramid) -> dict[str, list[Tensor]]:  # noqa: ARG002
         """Run the student, which reads nothing of the teacher's."""
         return {"student": self.student(images)}

@@ -40,25 +40,26 @@ def predictions(scale: float = 300.0) -> Predictions:
 def test_metrics_equal_those_of_scikit_learn_on_raw_values():
     given = predictions()
     result = compute_metrics(given)
-    assert result["image_AUROC"] == pytest.approx(roc_auc_score(given.labels, given.scores), abs=1e-6)
+    assert result.image_AUROC == pytest.approx(roc_auc_score(given.labels, given.scores), abs=1e-6)
     best = max(f1_score(given.labels, given.scores >= threshold) for threshold in given.scores)
-    assert result["image_F1"] == pytest.approx(best, abs=1e-6)
+    assert result.image_F1 == pytest.approx(best, abs=1e-6)
     pixels = roc_auc_score(given.masks.ravel(), given.maps.ravel())
-    assert result["pixel_AUROC"] == pytest.approx(pixels, abs=1e-5)
-    assert result["AUPRO"] == pytest.approx(plain_aupro(given.maps, given.masks), abs=1e-3)
+    assert result.pixel_AUROC == pytest.approx(pixels, abs=1e-5)
+    aupro = result.AUPRO
+    assert aupro == pytest.approx(plain_aupro(given.maps, given.masks), abs=1e-3)
 
 
 def test_f1_at_the_threshold_is_that_of_the_predicted_labels():
     given = predictions()
     predicted = (given.scores > np.median(given.scores) * 1.2).astype(int)
     result = compute_metrics(Predictions(**{**vars(given), "predicted_labels": predicted}))
-    assert result["image_F1_at_threshold"] == pytest.approx(f1_score(given.labels, predicted), abs=1e-6)
-    assert result["image_F1_at_threshold"] < result["image_F1"] - 0.01
+    assert result.image_F1_at_threshold == pytest.approx(f1_score(given.labels, predicted), abs=1e-6)
+    assert result.image_F1_at_threshold < result.image_F1 - 0.01
     of_cracks = compute_metrics_by_class(Predictions(**{**vars(given), "predicted_labels": predicted}))["crack"]
     chosen = [*range(6), 6, 7]
     expected = f1_score(given.labels[chosen], predicted[chosen])
-    assert of_cracks["image_F1_at_threshold"] == pytest.approx(expected, abs=1e-6)
-    assert compute_metrics(given)["image_F1_at_threshold"] is None
+    assert of_cracks.image_F1_at_threshold == pytest.approx(expected, abs=1e-6)
+    assert compute_metrics(given).image_F1_at_threshold is None
 
 
 @pytest.mark.parametrize("kind", [PostProcessor, NormalQuantilePostProcessor, MEBinPostProcessor])
@@ -87,37 +88,38 @@ def test_without_a_threshold_there_are_no_labels(post_processor):
 
 def test_metrics_do_not_depend_on_the_models_scale():
     small, large = compute_metrics(predictions(0.01)), compute_metrics(predictions(1e4))
-    assert small == pytest.approx(large, abs=1e-4)  # pixels are counted in bins of 0.05 %
+    assert vars(small) == pytest.approx(vars(large), abs=1e-4)  # pixels are counted in bins of 0.05 %
 
 
 def test_aupro_is_one_for_perfect_maps_and_zero_for_inverted_ones():
     given = predictions()
     perfect = Predictions(**{**vars(given), "maps": given.masks.astype(np.float32)})
     inverted = Predictions(**{**vars(given), "maps": 1 - given.masks.astype(np.float32)})
-    assert compute_metrics(perfect)["AUPRO"] == pytest.approx(1, abs=1e-2)
-    assert compute_metrics(inverted)["AUPRO"] == pytest.approx(0, abs=1e-6)
+    best, worst = (compute_metrics(each).AUPRO for each in (perfect, inverted))
+    assert best == pytest.approx(1, abs=1e-2)
+    assert worst == pytest.approx(0, abs=1e-6)
 
 
 def test_each_kind_of_defect_is_compared_with_all_normal_images():
     given = predictions()
     result = compute_metrics_by_class(given)
-    assert {kind: values["images"] for kind, values in result.items()} == {"crack": 2, "stain": 4}
+    assert {kind: values.images for kind, values in result.items()} == {"crack": 2, "stain": 4}
     chosen = [*range(6), 6, 7]
     expected = roc_auc_score(given.labels[chosen], given.scores[chosen])
-    assert result["crack"]["image_AUROC"] == pytest.approx(expected, abs=1e-6)
+    assert result["crack"].image_AUROC == pytest.approx(expected, abs=1e-6)
 
 
 @pytest.mark.parametrize("name", ["maps", "masks"])
 def test_without_maps_or_masks_there_are_no_pixel_metrics(name):
     result = compute_metrics(Predictions(**{**vars(predictions()), name: None}))
-    assert result["image_AUROC"] is not None
-    assert (result["pixel_AUROC"], result["AUPRO"]) == (None, None)
+    assert result.image_AUROC is not None
+    assert (result.pixel_AUROC, result.AUPRO) == (None, None)
 
 
 def test_with_only_normal_images_there_are_no_metrics():
     given = predictions()
     normal = Predictions(**{**vars(given), "labels": np.zeros(12, dtype=int), "masks": np.zeros_like(given.masks)})
-    assert set(compute_metrics(normal).values()) == {None}
+    assert set(vars(compute_metrics(normal)).values()) == {None}
 
 
 def batch(**changes) -> SimpleNamespace:

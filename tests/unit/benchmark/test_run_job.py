@@ -322,9 +322,9 @@ def test_results_stay_in_the_run_folder(job, tmp_path):
 def test_a_machine_is_described(monkeypatch):
     monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
     monkeypatch.setattr(torch.cuda, "get_device_name", lambda: "a GPU")
-    assert describe_machine("auto")["gpu"] == "a GPU"
+    assert describe_machine("auto").gpu == "a GPU"
     described = describe_machine("cpu")
-    assert described["gpu"] is None
-    assert described["cores"] >= 1
-    assert described["torch"].startswith("2.")
-    assert described["anomalib_dskd"]
+    assert described.gpu is None
+    assert described.cores >= 1
+    assert described.torch.startswith("2.")
+    assert described.anomalib_dskd
