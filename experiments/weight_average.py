@@ -37,9 +37,7 @@ class SaveWeights(Callback):
         assert evaluation.average is not None
         torch.save(pl_module.model.state_dict(), self.folder / f"{epoch} average")
         evaluation.average.restore()
-        estimate_batch_norm(
-            pl_module, pl_module.model, pl_module.run_students, images=pl_module.options.batch_norm_images
-        )
+        estimate_batch_norm(pl_module, pl_module.model, pl_module.run_students)
         torch.save(pl_module.model.state_dict(), self.folder / f"{epoch} last step")
 
 

@@ -83,6 +83,7 @@ class Backbone(nn.Module):
             msg = f"layers {layers!r} must be a list of integers, indices into the feature levels of the {role}."
             raise ArgumentError(msg)
         self.name = name
+        self.role = role
         self.layers = tuple(layers)
         cfg = get_pretrained_cfg(name)
         self.fixed_size: tuple[int, int] | None = (
@@ -97,6 +98,19 @@ class Backbone(nn.Module):
         """Map images ``(B, 3, H, W)`` to one ``(B, C_k, H / stride_k, W / stride_k)`` tensor per level."""
         features: list[Tensor] = self.network(images)
         return [level.permute(0, 3, 1, 2) for level in features] if self.channels_last else features
+
+    def check_size(self, height: int, width: int) -> None:
+        """Raise unless the network supports images of this size.
+
+        Raises:
+            ArgumentError: another size than the only one.
+        """
+        if self.fixed_size not in {None, (height, width)}:
+            msg = (
+                f"images of {height}x{width} pixels: the {self.role} {self.name!r} supports only {self.fixed_size}. "
+                f"Give this image_size, or another {self.role}."
+            )
+            raise ArgumentError(msg)
 
     def _probe_and_prune(self) -> tuple[FeatureLevel, ...]:
         """Run one random image: remove the modules that get no gradient, and detect the sign of each level."""

@@ -214,7 +214,7 @@ class DistillationModule(ExportMixin, CheckpointMixin):
             CheckImageFiles(),
             *([SeedTraining(options.seed)] if options.seed is not None else []),
             CacheTrainingData(images=options.image_cache, features=options.teacher_cache),
-            EvaluationWeights(ema_decay=options.ema_decay, batch_norm_images=options.batch_norm_images),
+            EvaluationWeights(ema_decay=options.ema_decay),
             *cast("Sequence[Callback]", super().configure_callbacks()),
             ReportPredictions(),
         ]

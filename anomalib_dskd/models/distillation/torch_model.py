@@ -137,11 +137,7 @@ class DistillationModel(nn.Module):
                 raise ArgumentError(msg)
             height, width = tile
         backbone = self.teacher.backbone
-        if backbone.fixed_size is not None and backbone.fixed_size != (height, width):
-            msg = (
-                f"images of {height}x{width} pixels: the teacher {backbone.name!r} supports only {backbone.fixed_size}."
-            )
-            raise ArgumentError(msg)
+        backbone.check_size(height, width)
         if min(height, width) < self.smallest_image:
             msg = (
                 f"images of {height}x{width} pixels are too small: the teacher {backbone.name!r} with layers "

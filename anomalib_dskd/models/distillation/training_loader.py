@@ -53,24 +53,21 @@ def prepare_batch(batch: ImageBatch, tiler: Tiler | None, generator: torch.Gener
 
 
 @torch.no_grad()
-def estimate_batch_norm(
-    module: "DistillationModule", network: nn.Module, run: Callable[[ImageBatch], object], *, images: int
-) -> None:
-    """Re-estimate batch-norm statistics from randomly chosen training images, the same ones each time.
+def estimate_batch_norm(module: "DistillationModule", network: nn.Module, run: Callable[[ImageBatch], object]) -> None:
+    """Re-estimate batch-norm statistics from ``batch_norm_images`` random training images, the same ones each time.
 
     Args:
         module: is being trained.
         network: network whose statistics are estimated.
         run: passes a training batch through it.
-        images: number of training images; 0 keeps the running averages.
     """
-    if not images:
+    if not module.options.batch_norm_images:
         return
     trainer = module.trainer
     loader = training_loader(trainer)
     generator = torch.Generator().manual_seed(0)
     order = torch.randperm(number_of_images(loader), generator=generator)
-    chosen = order[:images]
+    chosen = order[: module.options.batch_norm_images]
     size = loader.batch_size or getattr(loader.batch_sampler, "batch_size", None) or 1
     was_training = network.training
     network.train()

@@ -130,13 +130,8 @@ class Tad(DistillationModule, AnomalibModule):
     def check_image_size(self) -> None:
         """Check the image size against the assistant too."""
         super().check_image_size()
-        backbone, size = None if self.assistant is None else self.assistant.backbone, self.network_size
-        if backbone is not None and size is not None and backbone.fixed_size not in {None, tuple(size)}:
-            msg = (
-                f"images of {size[0]}x{size[1]} pixels: the assistant {backbone.name!r} supports only "
-                f"{backbone.fixed_size}. Give this image_size, or an assistant that takes any."
-            )
-            raise ArgumentError(msg)
+        if self.assistant is not None and self.network_size is not None:
+            self.assistant.backbone.check_size(*self.network_size)
 
     # --- phases -------------------------------------------------------------------------------------------------
 
@@ -193,12 +188,7 @@ class Tad(DistillationModule, AnomalibModule):
             return
         backbone, is_first = self.assistant.backbone, batch_idx % self.trainer.accumulate_grad_batches == 0
         if self.global_step == self._assistant_steps and is_first:
-            estimate_batch_norm(
-                self,
-                backbone,
-                lambda batch: backbone(torch.as_tensor(batch.image)),
-                images=self.options.batch_norm_images,
-            )
+            estimate_batch_norm(self, backbone, lambda batch: backbone(torch.as_tensor(batch.image)))
         self.assistant.train(self.is_assistant_phase)
 
     # --- training -----------------------------------------------------------------------------------------------

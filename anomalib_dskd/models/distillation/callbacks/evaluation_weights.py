@@ -26,13 +26,10 @@ class EvaluationWeights(Callback):
 
     Args:
         ema_decay: decay of the exponential moving average of the trained weights; 0 evaluates the last step's weights.
-        batch_norm_images: training images from which batch-norm statistics are re-estimated; 0 keeps the running
-            averages.
     """
 
-    def __init__(self, *, ema_decay: float, batch_norm_images: int) -> None:
+    def __init__(self, *, ema_decay: float) -> None:
         self.ema_decay = ema_decay
-        self.batch_norm_images = batch_norm_images
         self.average: WeightAverage | None = None
         """Set while training with ``ema_decay``."""
         self._resumed: dict[str, Any] | None = None
@@ -114,7 +111,7 @@ class EvaluationWeights(Callback):
     def _prepare(self, module: "DistillationModule") -> None:
         if self.average is not None:
             self.average.apply()
-        estimate_batch_norm(module, module.model, module.run_students, images=self.batch_norm_images)
+        estimate_batch_norm(module, module.model, module.run_students)
         module.check_weights()
 
     def on_save_checkpoint(
