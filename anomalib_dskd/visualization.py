@@ -16,7 +16,7 @@ from PIL import Image, ImageOps
 from anomalib_dskd.data.image_files import dataset_paths
 from anomalib_dskd.errors import ArgumentError
 
-__all__ = ["ResultVisualizer", "check_file_names", "verdict"]
+__all__ = ["ResultVisualizer", "check_file_names", "common_folder", "verdict"]
 
 CAPTION_HEIGHT = 32  # pixels
 CAPTION_SIZE = 20  # pixels; anomalib's smallest font

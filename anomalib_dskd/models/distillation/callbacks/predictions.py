@@ -18,7 +18,7 @@ from anomalib_dskd.file_writing import write_file
 from anomalib_dskd.models.distillation.command import runs_in_command
 from anomalib_dskd.visualization import common_folder, verdict
 
-__all__ = ["ReportPredictions"]
+__all__ = ["ReportPredictions", "print_table"]
 
 logger = logging.getLogger(__name__)
 
