@@ -20,7 +20,6 @@ __all__ = ["filter_messages", "given_arguments", "prepare_saved_config", "runs_i
 
 NOT_FOR_USERS = {
     "anomalib.callbacks": "steps of the program, and times that the progress bar shows",
-    "anomalib.engine": "arguments that a model imposes on the Trainer",
     "anomalib.models": "steps of the program",
     "onnx_ir": "rewrites of the graph in an export to ONNX",
     "onnxscript": "the same",
