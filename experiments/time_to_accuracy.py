@@ -13,16 +13,14 @@ import time
 from pathlib import Path
 
 import common
-import numpy as np
 import pandas as pd
-from anomalib.data import ImageBatch
 from anomalib.models import ReverseDistillation
 from anomalib.models.components import AnomalibModule
-from lightning import Callback, Trainer, seed_everything
+from lightning import LightningModule, Trainer, seed_everything
 from matplotlib.figure import Figure
 
 from anomalib_dskd import Dskd, MagneticTile
-from anomalib_dskd.benchmark.predictions import Predictions, compute_metrics
+from anomalib_dskd.benchmark.predictions import ScoreRecorder, compute_metrics
 
 METRICS = {name: title for name, title in common.BENCHMARK_METRICS.items() if name != "image_F1"}
 COLORS = {"DSKD, recommended": "#0969da", "Reverse Distillation": "#bc4c00"}
@@ -35,46 +33,33 @@ parser.add_argument("--output", type=Path, default="time_to_accuracy.csv", help=
 options = parser.parse_args()
 
 
-class Curve(Callback):
+class Curve(ScoreRecorder):
     """Records seconds of training and metrics at each validation."""
 
-    def __init__(self) -> None:
+    def __init__(self, folder: Path) -> None:
+        super().__init__(folder)
         self.rows: list[dict[str, float]] = []
         self.seconds = 0.0
         self.running_since = time.perf_counter()
 
-    def on_validation_batch_start(self, _trainer: Trainer, _module: object, _batch: object, index: int) -> None:
+    def on_validation_batch_start(self, trainer: Trainer, module: LightningModule, _batch: object, index: int) -> None:
         if index == 0:  # what comes before, such as re-estimating batch-norm statistics, belongs to the training
             self.seconds += time.perf_counter() - self.running_since
-            self.batches: list[ImageBatch] = []
+            self.on_test_start(trainer, module)
 
-    def on_validation_batch_end(self, _trainer: Trainer, _module: object, outputs: ImageBatch, *_: object) -> None:
-        self.batches.append(outputs)
+    on_validation_batch_end = ScoreRecorder.on_test_batch_end
 
     def on_validation_end(self, trainer: Trainer, _module: object) -> None:
-        scores, masks = self.collect("pred_score").reshape(-1), self.collect("gt_mask")
-        metrics = compute_metrics(
-            Predictions(
-                paths=[""] * len(scores),
-                labels=self.collect("gt_label").astype(int),
-                classes=[""] * len(scores),
-                scores=scores,
-                maps=self.collect("anomaly_map").reshape(masks.shape),
-                masks=masks.astype(np.uint8),
-            )
-        )
+        metrics = compute_metrics(self.predictions({}))
         row = {"epochs": trainer.current_epoch + 1, "seconds": round(self.seconds)}
         self.rows.append(row | {name: round(getattr(metrics, name), 4) for name in METRICS})
         self.running_since = time.perf_counter()
 
-    def collect(self, field: str) -> np.ndarray:
-        return np.concatenate([getattr(batch, field).float().numpy() for batch in self.batches])
-
 
 def train(model: AnomalibModule, epochs: int, every: int) -> list[dict[str, float]]:
     """Train, and return seconds and metrics of each validation."""
-    curve = Curve()
     with tempfile.TemporaryDirectory() as folder:
+        curve = Curve(Path(folder))
         engine = common.quiet_engine(
             folder,
             callbacks=[curve],
