@@ -1,12 +1,13 @@
 """The optimizer and the learning-rate schedule of all models."""
 
 from collections.abc import Iterable
+from typing import Any
 
 import torch
 from lightning import Trainer
 from lightning.pytorch.plugins import MixedPrecision
 from lightning.pytorch.utilities.types import OptimizerLRScheduler
-from torch import nn
+from torch import Tensor, nn
 
 from anomalib_dskd.errors import ArgumentError
 from anomalib_dskd.models.distillation.trainer_checks import number_of_steps
@@ -28,7 +29,7 @@ def create_optimizer(
     Raises:
         ArgumentError: the schedule needs the number of steps, and it is not known.
     """
-    optimizer = torch.optim.Adam(
+    optimizer = ChannelsLastAdam(
         [parameter for parameter in parameters if parameter.requires_grad],
         lr=options.learning_rate,
         betas=options.betas,
@@ -47,6 +48,26 @@ def create_optimizer(
         cycle_momentum=False,  # beta stays the paper's
     )
     return {"optimizer": optimizer, "lr_scheduler": {"scheduler": scheduler, "interval": "step"}}
+
+
+class ChannelsLastAdam(torch.optim.Adam):
+    """Adam whose fused step reads channels-last tensors where they are.
+
+    PyTorch's fused kernel for CPUs makes a contiguous copy of each gradient, and does not use it
+    (``fused_adam_kernel`` in FusedAdamKernel.cpp, up to PyTorch 2.14). A permuted view of a channels-last tensor is
+    contiguous, and needs no copy.
+    """
+
+    def _init_group(self, group: dict[str, Any], *tensors: list[Tensor]) -> bool:
+        has_complex: bool = super()._init_group(group, *tensors)  # type: ignore[no-untyped-call]
+        for same_role in tensors:
+            same_role[:] = [_contiguous_view(tensor) for tensor in same_role]
+        return has_complex
+
+
+def _contiguous_view(tensor: Tensor) -> Tensor:
+    is_channels_last = tensor.is_contiguous(memory_format=torch.channels_last)  # false unless it has four dimensions
+    return tensor.permute(0, 2, 3, 1) if is_channels_last else tensor
 
 
 def _supports_fused(trainer: Trainer | None) -> bool:
