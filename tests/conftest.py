@@ -35,7 +35,9 @@ torch.set_num_threads(1)  # the networks are tiny: threads would cost more than 
 settings.register_profile("repeatable", derandomize=True, deadline=None, print_blob=False)
 settings.load_profile("repeatable")
 
-TEACHER = "test_resnet.r160_in1k"  # timm's smallest ResNet: 0.5 M parameters
+TEACHER = "test_efficientnet.r160_in1k"  # timm's smallest: its students have 0.5 M parameters, RESNET's 8 M
+RESNET = "test_resnet.r160_in1k"
+ASSISTANT = "test_resnet"
 
 
 def write_weights(path: Path, teacher: str = TEACHER) -> Path:
@@ -127,6 +129,11 @@ def export_without_coverage():
 @pytest.fixture(scope="session")
 def teacher_weights(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return write_weights(tmp_path_factory.mktemp("weights") / f"{TEACHER}.safetensors")
+
+
+@pytest.fixture(scope="session")
+def resnet_weights(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    return write_weights(tmp_path_factory.mktemp("weights") / f"{RESNET}.safetensors", RESNET)
 
 
 @pytest.fixture(scope="session")

@@ -12,10 +12,10 @@ from PIL import Image
 
 from anomalib_dskd import Dskd
 from anomalib_dskd.post_processing import NormalQuantilePostProcessor
-from tests.conftest import TEACHER, engine
+from tests.conftest import RESNET, engine
 
 MODEL_SIZE = (75, 100)  # no multiple of the strides
-ARGUMENTS = {"teacher": TEACHER, "image_size": MODEL_SIZE, "sigma": 2.0, "visualizer": False, "seed": 0}
+ARGUMENTS = {"teacher": RESNET, "image_size": MODEL_SIZE, "sigma": 2.0, "visualizer": False, "seed": 0}
 NORMAL_QUANTILE, IMAGE_SENSITIVITY = 0.8, 0.45
 
 
@@ -53,10 +53,10 @@ def factory(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 
 @pytest.fixture(scope="session")
-def trained(factory: Path, teacher_weights: Path, tmp_path_factory: pytest.TempPathFactory) -> Trained:
+def trained(factory: Path, resnet_weights: Path, tmp_path_factory: pytest.TempPathFactory) -> Trained:
     data = Folder("parts", root=factory, normal_dir="good", num_workers=0, train_batch_size=8, seed=0)
     post_processor = NormalQuantilePostProcessor(normal_quantile=NORMAL_QUANTILE, image_sensitivity=IMAGE_SENSITIVITY)
-    model = Dskd(**ARGUMENTS, teacher_weights=teacher_weights, post_processor=post_processor)
+    model = Dskd(**ARGUMENTS, teacher_weights=resnet_weights, post_processor=post_processor)
     folder = tmp_path_factory.mktemp("trained")
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")

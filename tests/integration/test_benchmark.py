@@ -91,7 +91,7 @@ def test_a_killed_benchmark_is_resumed_and_repeats_no_job(command, tmp_path, cap
     assert "2 of 2: PaDiM on MagneticTile, seed 0: image_AUROC" in " ".join(errors.split())
     assert dskd["training"]["epochs"] == 2
     assert [[weights["name"] for weights in record["weights"]] for record in (dskd, padim)] == [
-        ["test_resnet"],
+        ["test_efficientnet"],
         ["resnet18"],
     ]
     with np.load(tmp_path / "run" / "jobs" / padim["job"] / "predictions.npz") as archive:
@@ -111,7 +111,7 @@ def test_a_killed_benchmark_is_resumed_and_repeats_no_job(command, tmp_path, cap
 
 
 def test_a_job_that_fails_is_a_row_and_the_others_are_run(command, tmp_path):
-    broken = {"class_path": "anomalib_dskd.Dskd", "init_args": {"teacher": "test_resnet", "layers": [1, 9]}}
+    broken = {"class_path": "anomalib_dskd.Dskd", "init_args": {"teacher": "test_efficientnet", "layers": [1, 9]}}
     models = [
         {"name": "broken", "model": broken, "epochs": 1},
         config(tmp_path)["models"][1],
@@ -121,7 +121,7 @@ def test_a_job_that_fails_is_a_row_and_the_others_are_run(command, tmp_path):
     assert process.returncode == 1
     failed, done = results(tmp_path)
     assert (failed["status"], done["status"]) == ("failed", "done")
-    assert "layers [1, 9] do not fit teacher 'test_resnet'" in failed["reason"]
+    assert "layers [1, 9] do not fit teacher 'test_efficientnet'" in failed["reason"]
     assert "FAILED" in errors
     assert "layers [1, 9] do not fit" in (tmp_path / "run" / "results.csv").read_text()
 

@@ -14,7 +14,7 @@ from anomalib_dskd.errors import DskdError
 from anomalib_dskd.models.distillation.resuming import canonical_value, constructor_defaults
 from tests.commands import QUIET
 from tests.commands import run as anomalib
-from tests.conftest import TEACHER
+from tests.conftest import ASSISTANT, TEACHER
 
 CONFIGS = Path(__file__).parents[2] / "configs"
 
@@ -196,7 +196,7 @@ def test_every_models_config_builds_it_with_any_data(kind, magnetic_tile_root, t
 @pytest.mark.slow
 @pytest.mark.parametrize("kind", [Afkd, Dtgd, Tad], ids=lambda kind: kind.__name__)
 def test_siblings_are_trained_tested_predicted_with_and_exported(kind, model_arguments, magnetic_tile_root, tmp_path):
-    more = ["--model.assistant", "test_efficientnet"] if kind is Tad else []
+    more = ["--model.assistant", ASSISTANT] if kind is Tad else []
     model = ["--model", f"anomalib_dskd.{kind.__name__}", *model_arguments[2:], *more]
     data = ["--data", "anomalib_dskd.MagneticTile", "--data.root", magnetic_tile_root]
     trained = anomalib("train", *model, *data, "--trainer.max_epochs", "2", *QUIET, folder=tmp_path)

@@ -17,14 +17,20 @@ from PIL import Image
 from anomalib_dskd import Afkd, Dskd, Dtgd, Tad
 from anomalib_dskd.models.distillation.lightning_model import DistillationModule
 from anomalib_dskd.models.distillation.quantization import map_operations
-from tests.conftest import TEACHER
+from tests.conftest import ASSISTANT, TEACHER
 
 TOLERANCE = 1e-4
 F32 = {"INFERENCE_PRECISION_HINT": "f32"}  # OpenVINO would run in bfloat16 where the processor has it
 # PyTorch takes long to export a model: each is another teacher and another variant
 DSKDS = [
     {"teacher": "resnet18"},
-    {"teacher": "wide_resnet50_2", "encoder": "teacher", "embedding_input": "normalized", "context_weight": 4.0},
+    {
+        "teacher": "wide_resnet50_2",
+        "layers": (1, 2),
+        "encoder": "teacher",
+        "embedding_input": "normalized",
+        "context_weight": 4.0,
+    },
     {"teacher": "tf_efficientnet_lite0"},
     {
         "teacher": "mobilenetv3_small_100",
@@ -39,7 +45,7 @@ DSKDS = [
 SIBLINGS = [
     (Afkd, {}),
     (Dtgd, {}),
-    (Tad, {"assistant": "test_efficientnet"}),
+    (Tad, {"assistant": ASSISTANT}),
 ]
 ODD_CONVNEXT = {"teacher": "convnext_atto", "layers": (0, 1, 2), "image_size": (75, 100)}
 VARIANTS = [

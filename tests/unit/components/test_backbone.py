@@ -8,14 +8,14 @@ from torch import Tensor, nn
 
 from anomalib_dskd.components.backbone import Backbone, FeatureLevel, check_teacher, full_name
 from anomalib_dskd.errors import ArgumentError
-from tests.conftest import TEACHER
+from tests.conftest import RESNET
 
 NAMES_AND_LAYERS = [
     ("resnet18", (1, 2, 3)),
     ("tf_efficientnet_lite0", (1, 2, 3)),
     ("mobilenetv3_small_100", (1, 2, 3)),
-    (TEACHER, (0,)),
-    (TEACHER, (1, 4)),
+    (RESNET, (0,)),
+    (RESNET, (1, 4)),
     ("test_convnext", (0, 1)),
     ("test_efficientnet", (1, 2)),
 ]
@@ -63,7 +63,7 @@ def test_features_are_those_of_the_unpruned_model(name: str, layers: tuple[int, 
     ("name", "parameters"),
     [
         ("resnet18", 11_689_512 - 8_393_728 - 513_000),  # without layer4 and fc
-        (TEACHER, 104_848),
+        (RESNET, 104_848),
     ],
 )
 def test_size_is_that_of_the_layers_in_use(name: str, parameters: int):
@@ -89,7 +89,7 @@ def test_levels_of_resnet18():
 @pytest.mark.parametrize(
     ("name", "signed"),
     [
-        (TEACHER, False),  # ends each stage in a ReLU
+        (RESNET, False),  # ends each stage in a ReLU
         ("tf_efficientnet_lite0", True),  # in a linear bottleneck
         ("mobilenetv3_small_100", True),
         ("test_convnext", True),
@@ -103,7 +103,7 @@ def test_sign_is_that_of_the_last_activation(name: str, signed: bool):
 @pytest.mark.parametrize(
     ("name", "layers"),
     [
-        (TEACHER, (0, 1, 2)),
+        (RESNET, (0, 1, 2)),
         ("test_convnext", (0, 1, 2)),
         ("test_mambaout", (0, 1, 2)),  # timm returns its channels last
         ("mobilenetv3_small_100", (0,)),  # uses no block
@@ -116,7 +116,7 @@ def test_features_have_channels_and_size_of_their_level(name: str, layers: tuple
 
 
 def test_probe_leaves_no_gradients_or_statistics():
-    backbone = Backbone(TEACHER, (1, 2, 3))
+    backbone = Backbone(RESNET, (1, 2, 3))
     assert all(parameter.grad is None for parameter in backbone.parameters())
     for key, buffer in backbone.named_buffers():
         torch.testing.assert_close(buffer, torch.ones_like(buffer) if "var" in key else torch.zeros_like(buffer))
@@ -125,8 +125,8 @@ def test_probe_leaves_no_gradients_or_statistics():
 @pytest.mark.parametrize("context", [torch.no_grad, torch.inference_mode])
 def test_can_be_created_while_gradients_are_disabled(context: type):
     with context():
-        backbone = Backbone(TEACHER, (1, 2))
-    assert backbone.levels == Backbone(TEACHER, (1, 2)).levels
+        backbone = Backbone(RESNET, (1, 2))
+    assert backbone.levels == Backbone(RESNET, (1, 2)).levels
     assert sum(parameter.numel() for parameter in backbone.parameters()) == 62_416
 
 
@@ -151,12 +151,12 @@ def test_error_for_an_unknown_teacher_without_a_near_name():
 
 @pytest.mark.parametrize("check", [check_teacher, lambda name: Backbone(name, (1, 2, 3))])
 def test_error_for_an_unknown_tag_lists_the_supported_ones(check):
-    message = re.escape(f"teacher '{TEACHER}x': timm has no pretrained tag 'r160_in1kx' for 'test_resnet'.")
+    message = re.escape(f"teacher '{RESNET}x': timm has no pretrained tag 'r160_in1kx' for 'test_resnet'.")
     with pytest.raises(ArgumentError, match=rf"^{message} Supported tags: \['r160_in1k'\]\.$"):
-        check(f"{TEACHER}x")
+        check(f"{RESNET}x")
 
 
-@pytest.mark.parametrize("name", [TEACHER, "test_resnet", "resnet18.tv_in1k", "darknet17"])
+@pytest.mark.parametrize("name", [RESNET, "test_resnet", "resnet18.tv_in1k", "darknet17"])
 def test_known_teacher_passes(name: str):
     check_teacher(name)
 
@@ -164,8 +164,8 @@ def test_known_teacher_passes(name: str):
 @pytest.mark.parametrize(
     ("name", "full"),
     [
-        (TEACHER, TEACHER),
-        ("test_resnet", TEACHER),
+        (RESNET, RESNET),
+        ("test_resnet", RESNET),
         ("resnet18.tv_in1k", "resnet18.tv_in1k"),
         ("tf_efficientnet_lite0", "tf_efficientnet_lite0.in1k"),
     ],
@@ -177,11 +177,11 @@ def test_full_name_has_the_tag(name: str, full: str):
 @pytest.mark.parametrize("layers", [[], [5], [1, 2, 5], [-1], [2, 1], [1, 1, 2]])
 def test_layers_that_do_not_fit_are_refused(layers: list[int]):
     message = re.escape(
-        f"layers {layers} do not fit teacher '{TEACHER}': it has 5 feature levels. "
+        f"layers {layers} do not fit teacher '{RESNET}': it has 5 feature levels. "
         "Give one or more increasing indices from 0 to 4, such as [1, 2, 3]."
     )
     with pytest.raises(ArgumentError, match=f"^{message}$"):
-        Backbone(TEACHER, layers)
+        Backbone(RESNET, layers)
 
 
 def test_error_names_the_teachers_number_of_levels():

@@ -49,12 +49,12 @@ def test_training_of_the_enclosing_model_changes_nothing(teacher: Teacher):
 
 def test_features_have_no_gradient(teacher: Teacher):
     features = teacher(images().requires_grad_())
-    assert [tuple(level.shape) for level in features] == [(2, 32, 16, 16), (2, 48, 8, 8), (2, 192, 4, 4)]
+    assert [tuple(level.shape) for level in features] == [(2, 24, 16, 16), (2, 32, 8, 8), (2, 48, 4, 4)]
     assert not any(level.requires_grad for level in features)
 
 
 def test_levels_are_the_backbones(teacher: Teacher):
-    assert [tuple(level) for level in teacher.levels] == [(32, 4, False), (48, 8, False), (192, 16, False)]
+    assert [tuple(level) for level in teacher.levels] == [(24, 4, True), (32, 8, True), (48, 16, True)]
 
 
 def test_raises_before_weights():

@@ -18,7 +18,7 @@ from anomalib_dskd.components.teacher import Teacher
 from anomalib_dskd.components.teacher_weights import TeacherWeights
 from anomalib_dskd.errors import TeacherWeightsError
 from anomalib_dskd.pre_processing import create_pre_processor
-from tests.conftest import TEACHER, write_weights
+from tests.conftest import RESNET, write_weights
 from tests.unit.components.conftest import LITE, LITE_PACKAGE
 
 LAYERS = (1, 2, 3)
@@ -27,21 +27,21 @@ RESNET18_VARIABLE = "ANOMALIB_DSKD_TEST_RESNET18"
 
 
 @pytest.fixture
-def state(teacher_weights: Path) -> dict[str, Tensor]:
-    return load_file(teacher_weights)
+def state(resnet_weights: Path) -> dict[str, Tensor]:
+    return load_file(resnet_weights)
 
 
 def images(size: int = 64) -> Tensor:
     return torch.randn(1, 3, size, size, generator=torch.Generator().manual_seed(0))
 
 
-def load(path: Path, teacher: str = TEACHER, layers: tuple[int, ...] = LAYERS) -> Backbone:
+def load(path: Path, teacher: str = RESNET, layers: tuple[int, ...] = LAYERS) -> Backbone:
     backbone = Backbone(teacher, layers).eval()
     TeacherWeights(path).load_into(backbone)
     return backbone
 
 
-def features_by_hand(state: dict[str, Tensor], x: Tensor, teacher: str = TEACHER, layers: tuple[int, ...] = LAYERS):
+def features_by_hand(state: dict[str, Tensor], x: Tensor, teacher: str = RESNET, layers: tuple[int, ...] = LAYERS):
     """Features of timm's own, unpruned model."""
     model = timm.create_model(teacher, pretrained=False, features_only=True, out_indices=layers)
     missing, _ = model.load_state_dict(state, strict=False)
@@ -84,8 +84,8 @@ def test_pickled_state_dict_gives_timms_features(tmp_path: Path, state: dict[str
 
 
 @pytest.mark.parametrize("layers", [(1, 2, 3), (0,), (1, 4)])
-def test_safetensors_give_timms_features(teacher_weights: Path, state: dict[str, Tensor], layers: tuple[int, ...]):
-    backbone = load(teacher_weights, layers=layers)
+def test_safetensors_give_timms_features(resnet_weights: Path, state: dict[str, Tensor], layers: tuple[int, ...]):
+    backbone = load(resnet_weights, layers=layers)
     with torch.no_grad():
         assert_same_features(backbone(images()), features_by_hand(state, images(), layers=layers))
 
@@ -108,14 +108,14 @@ def test_names_changed_by_timms_feature_wrappers_are_matched(tmp_path: Path, tea
         assert_same_features(backbone(x), expected.eval().forward_intermediates(x, layers, intermediates_only=True))
 
 
-@pytest.mark.parametrize("teacher", [TEACHER, "test_convnext"])
+@pytest.mark.parametrize("teacher", [RESNET, "test_convnext"])
 def test_layers_in_use_are_sufficient(tmp_path: Path, teacher: str):
     full = load_file(write_weights(tmp_path / "full.safetensors", teacher))
     in_use = {key: full[key] for key in full if not key.startswith(("layer3", "layer4", "fc", "stages.2", "head"))}
     in_use = {key: tensor for key, tensor in in_use.items() if not key.startswith("stages.3")}
     assert len(in_use) < len(full)
     save_file(in_use, tmp_path / "pruned.safetensors")
-    layers = (1, 2) if teacher == TEACHER else (0, 1)
+    layers = (1, 2) if teacher == RESNET else (0, 1)
     pruned_backbone, full_backbone = (
         load(tmp_path / f"{name}.safetensors", teacher, layers) for name in ("pruned", "full")
     )
@@ -123,7 +123,7 @@ def test_layers_in_use_are_sufficient(tmp_path: Path, teacher: str):
         assert_same_features(pruned_backbone(images()), full_backbone(images()))
 
 
-@pytest.mark.parametrize("teacher", [TEACHER, "test_convnext"])
+@pytest.mark.parametrize("teacher", [RESNET, "test_convnext"])
 def test_file_saved_from_a_features_only_model_is_sufficient(tmp_path: Path, teacher: str):
     torch.manual_seed(1)
     model = timm.create_model(teacher, pretrained=False, features_only=True, out_indices=(0, 1)).eval()
@@ -134,9 +134,9 @@ def test_file_saved_from_a_features_only_model_is_sufficient(tmp_path: Path, tea
 
 
 def test_classifier_of_any_width_is_accepted(tmp_path: Path):
-    model = timm.create_model(TEACHER, pretrained=False, num_classes=3).eval()
+    model = timm.create_model(RESNET, pretrained=False, num_classes=3).eval()
     save_file(model.state_dict(), tmp_path / "tuned.safetensors")
-    backbone = load(tmp_path / "tuned.safetensors", TEACHER, (1, 2))
+    backbone = load(tmp_path / "tuned.safetensors", RESNET, (1, 2))
     assert torch.equal(backbone.network.state_dict()["conv1.0.weight"], model.state_dict()["conv1.0.weight"])
 
 
@@ -253,7 +253,7 @@ def test_missing_tensors_are_named(tmp_path: Path, state: dict[str, Tensor]):
         del state[key]
     save_file(state, tmp_path / "weights.safetensors")
     message = (
-        rf"do not fit the teacher '{TEACHER}' with layers \[1, 2, 3\]: "
+        rf"do not fit the teacher '{RESNET}' with layers \[1, 2, 3\]: "
         r"2 missing: conv1\.0\.weight, layer2\.0\.bn1\.running_var\. "
         "Give the file that belongs to this teacher, or the teacher that belongs to this file"
     )
@@ -299,7 +299,7 @@ def test_resnet34_is_not_a_resnet18(tmp_path: Path):
 def test_refused_weights_leave_the_network_unchanged(tmp_path: Path, state: dict[str, Tensor]):
     del state["layer3.0.conv1.weight"]
     save_file(state, tmp_path / "weights.safetensors")
-    backbone = Backbone(TEACHER, LAYERS)
+    backbone = Backbone(RESNET, LAYERS)
     before = {key: tensor.clone() for key, tensor in backbone.state_dict().items()}
     with pytest.raises(TeacherWeightsError):
         TeacherWeights(tmp_path / "weights.safetensors").load_into(backbone)
@@ -307,14 +307,14 @@ def test_refused_weights_leave_the_network_unchanged(tmp_path: Path, state: dict
 
 
 def test_tensors_can_be_matched_by_order(tmp_path: Path, state: dict[str, Tensor]):
-    names = timm.create_model(TEACHER, pretrained=False).state_dict()
+    names = timm.create_model(RESNET, pretrained=False).state_dict()
     torch.save({f"tensor{index}": state[key] for index, key in enumerate(names)}, tmp_path / "weights.pth")
     with pytest.raises(TeacherWeightsError, match="unexpected: tensor0"):
         load(tmp_path / "weights.pth")
     # batch counters do not count in the order: name them as the package of the `lite` extra does
     ordered = {f"{index}.{key.rpartition('.')[2]}": state[key] for index, key in enumerate(names)}
     torch.save(ordered, tmp_path / "weights.pth")
-    backbone = Backbone(TEACHER, LAYERS).eval()
+    backbone = Backbone(RESNET, LAYERS).eval()
     TeacherWeights(tmp_path / "weights.pth", by_order=True).load_into(backbone)
     with torch.no_grad():
         assert_same_features(backbone(images()), features_by_hand(state, images()))
@@ -323,7 +323,7 @@ def test_tensors_can_be_matched_by_order(tmp_path: Path, state: dict[str, Tensor
 def test_shapes_check_the_order(tmp_path: Path, state: dict[str, Tensor]):
     torch.save(dict(reversed(state.items())), tmp_path / "weights.pth")
     with pytest.raises(TeacherWeightsError, match="do not correspond to timm's .* tensor by tensor"):
-        TeacherWeights(tmp_path / "weights.pth", by_order=True).load_into(Backbone(TEACHER, LAYERS))
+        TeacherWeights(tmp_path / "weights.pth", by_order=True).load_into(Backbone(RESNET, LAYERS))
 
 
 # --- real weights ------------------------------------------------------------------------------------------------

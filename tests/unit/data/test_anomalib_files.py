@@ -104,7 +104,7 @@ def test_a_model_is_trained_tested_and_exported_below_such_a_folder(root, teache
     home.mkdir()
     root, weights = root.rename(home / "parts"), home / "weights.safetensors"
     weights.write_bytes(teacher_weights.read_bytes())
-    model = Dskd(teacher="test_resnet.r160_in1k", teacher_weights=weights, image_size=64, sigma=2.0)
+    model = Dskd(teacher="test_efficientnet.r160_in1k", teacher_weights=weights, image_size=64, sigma=2.0)
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")
         trainer = engine(home / "results", max_epochs=1)

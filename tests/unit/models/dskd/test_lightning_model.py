@@ -21,7 +21,7 @@ from anomalib_dskd.evaluation import RawScoreEvaluator
 from anomalib_dskd.models.distillation.resuming import constructor_defaults
 from anomalib_dskd.models.dskd.loss import DskdLoss
 from anomalib_dskd.training.feature_cache import FeatureCache
-from tests.conftest import TEACHER, differing, engine
+from tests.conftest import RESNET, TEACHER, differing, engine
 
 
 @pytest.fixture(scope="module")
@@ -493,14 +493,14 @@ def test_training_that_would_end_without_a_result_is_refused(
 
 def test_normalization_of_another_teacher_is_refused():
     with pytest.raises(ArgumentError, match=r"normalizes with .*0.485.* was trained with \[\[0.5, 0.5, 0.5\]"):
-        Dskd(teacher=TEACHER, pre_processor=Dskd.configure_pre_processor((64, 64)))
+        Dskd(teacher=RESNET, pre_processor=Dskd.configure_pre_processor((64, 64)))
     for none in (PreProcessor(), PreProcessor(Resize(64))):
         with pytest.raises(
             ArgumentError, match="the pre_processor does not normalize; .* Add torchvision's v2.Normalize"
         ):
-            Dskd(teacher=TEACHER, pre_processor=none)
-    own = Dskd.configure_pre_processor((64, 64), teacher=TEACHER)
-    assert Dskd(teacher=TEACHER, pre_processor=own).pre_processor is own
+            Dskd(teacher=RESNET, pre_processor=none)
+    own = Dskd.configure_pre_processor((64, 64), teacher=RESNET)
+    assert Dskd(teacher=RESNET, pre_processor=own).pre_processor is own
 
 
 @pytest.mark.parametrize("purpose", ["test", "predict", "validate"])
@@ -584,8 +584,8 @@ def test_pre_processing_is_the_teachers_and_of_the_given_size():
 
 def test_a_pre_processor_of_ones_own_is_taken():
     own = PreProcessor(Normalize(mean=[0.5] * 3, std=[0.5] * 3))
-    assert Dskd(teacher=TEACHER, pre_processor=own).pre_processor is own
-    assert Dskd(teacher=TEACHER, pre_processor=False).pre_processor is None
+    assert Dskd(teacher=RESNET, pre_processor=own).pre_processor is own
+    assert Dskd(teacher=RESNET, pre_processor=False).pre_processor is None
 
 
 def test_a_model_without_thresholds_is_told_where_they_would_matter(trained, magnetic_tile_root, tmp_path, caplog):

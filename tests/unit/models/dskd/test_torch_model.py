@@ -244,7 +244,7 @@ def test_score_does_not_depend_on_the_rest_of_the_batch():
         ("tf_efficientnet_lite0", (1, 2, 3)),
         ("mobilenetv3_small_100", (1, 2, 3)),
         ("convnext_atto", (0, 1, 2)),
-        pytest.param("wide_resnet50_2", (1, 2, 3), marks=pytest.mark.slow),
+        pytest.param("wide_resnet50_2", (1, 2), marks=pytest.mark.slow),
     ],
 )
 def test_any_timm_teacher_learns_in_a_step(teacher, layers):

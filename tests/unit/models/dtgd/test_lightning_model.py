@@ -5,13 +5,13 @@ from lightning import Trainer
 
 from anomalib_dskd import Dtgd
 from anomalib_dskd.training.feature_cache import FeatureCache
-from tests.conftest import TEACHER
+from tests.conftest import RESNET
 
 
 @pytest.fixture
-def model(teacher_weights) -> Dtgd:
+def model(resnet_weights) -> Dtgd:
     model = Dtgd(
-        teacher=TEACHER, teacher_weights=teacher_weights, image_size=64, sigma=2.0, seed=0, defect_probability=1.0
+        teacher=RESNET, teacher_weights=resnet_weights, image_size=64, sigma=2.0, seed=0, defect_probability=1.0
     )
     model.load_teacher_weights()
     return model.train()

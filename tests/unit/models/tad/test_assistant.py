@@ -7,8 +7,8 @@ from torch import Tensor, nn
 from anomalib_dskd.components.backbone import FeatureLevel
 from anomalib_dskd.errors import ArgumentError
 from anomalib_dskd.models.tad.assistant import Assistant, GuidanceAttention
+from tests.conftest import ASSISTANT
 
-ASSISTANT = "test_efficientnet"
 LEVELS = [FeatureLevel(4, 4, False), FeatureLevel(6, 8, False)]
 
 

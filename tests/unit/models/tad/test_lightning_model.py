@@ -16,9 +16,8 @@ from anomalib_dskd.models.tad import lightning_model
 from anomalib_dskd.models.tad.lightning_model import assistant_steps
 from anomalib_dskd.models.tad.loss import entropy_loss, guidance_losses
 from anomalib_dskd.training.feature_cache import FeatureCache
-from tests.conftest import TEACHER, at_step, differing, engine
+from tests.conftest import ASSISTANT, TEACHER, at_step, differing, engine
 
-ASSISTANT = "test_efficientnet"
 ABLATIONS = [{}, {"assistant": None}, {"inverse_weight": 0.0}, {"guidance": "equal"}]
 
 
