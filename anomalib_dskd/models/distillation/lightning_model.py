@@ -28,6 +28,7 @@ from anomalib_dskd.models.distillation.callbacks import (
     CheckImageFiles,
     EvaluationWeights,
     ReportPredictions,
+    ReturnLargeBlocks,
     SeedTraining,
 )
 from anomalib_dskd.models.distillation.checkpoint_io import install_checkpoint_io, warn_of_better_checkpoint
@@ -217,6 +218,7 @@ class DistillationModule(ExportMixin, CheckpointMixin):
             EvaluationWeights(ema_decay=options.ema_decay),
             *cast("Sequence[Callback]", super().configure_callbacks()),
             ReportPredictions(),
+            ReturnLargeBlocks(),
         ]
 
     def configure_optimizers(self) -> OptimizerLRScheduler:

@@ -3,7 +3,15 @@
 from anomalib_dskd.models.distillation.callbacks.caching import CacheTrainingData
 from anomalib_dskd.models.distillation.callbacks.evaluation_weights import EvaluationWeights
 from anomalib_dskd.models.distillation.callbacks.image_checks import CheckImageFiles
+from anomalib_dskd.models.distillation.callbacks.memory import ReturnLargeBlocks
 from anomalib_dskd.models.distillation.callbacks.predictions import ReportPredictions
 from anomalib_dskd.models.distillation.callbacks.seeding import SeedTraining
 
-__all__ = ["CacheTrainingData", "CheckImageFiles", "EvaluationWeights", "ReportPredictions", "SeedTraining"]
+__all__ = [
+    "CacheTrainingData",
+    "CheckImageFiles",
+    "EvaluationWeights",
+    "ReportPredictions",
+    "ReturnLargeBlocks",
+    "SeedTraining",
+]
