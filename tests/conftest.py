@@ -35,7 +35,7 @@ torch.set_num_threads(1)  # the networks are tiny: threads would cost more than 
 settings.register_profile("repeatable", derandomize=True, deadline=None, print_blob=False)
 settings.load_profile("repeatable")
 
-TEACHER = "test_efficientnet.r160_in1k"  # timm's smallest: its students have 0.5 M parameters, RESNET's 8 M
+TEACHER = "test_efficientnet.r160_in1k"  # students of 0.5 M parameters; RESNET's have 8 M
 RESNET = "test_resnet.r160_in1k"
 ASSISTANT = "test_resnet"
 

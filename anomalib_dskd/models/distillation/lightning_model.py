@@ -27,8 +27,8 @@ from anomalib_dskd.models.distillation.callbacks import (
     CacheTrainingData,
     CheckImageFiles,
     EvaluationWeights,
+    ReleaseMemory,
     ReportPredictions,
-    ReturnLargeBlocks,
     SeedTraining,
 )
 from anomalib_dskd.models.distillation.checkpoint_io import install_checkpoint_io, warn_of_better_checkpoint
@@ -218,7 +218,7 @@ class DistillationModule(ExportMixin, CheckpointMixin):
             EvaluationWeights(ema_decay=options.ema_decay),
             *cast("Sequence[Callback]", super().configure_callbacks()),
             ReportPredictions(),
-            ReturnLargeBlocks(),
+            ReleaseMemory(),
         ]
 
     def configure_optimizers(self) -> OptimizerLRScheduler:

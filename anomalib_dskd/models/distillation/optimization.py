@@ -29,7 +29,7 @@ def create_optimizer(
     Raises:
         ArgumentError: the schedule needs the number of steps, and it is not known.
     """
-    optimizer = ChannelsLastAdam(
+    optimizer = Adam(
         [parameter for parameter in parameters if parameter.requires_grad],
         lr=options.learning_rate,
         betas=options.betas,
@@ -50,24 +50,25 @@ def create_optimizer(
     return {"optimizer": optimizer, "lr_scheduler": {"scheduler": scheduler, "interval": "step"}}
 
 
-class ChannelsLastAdam(torch.optim.Adam):
-    """Adam whose fused step reads channels-last tensors where they are.
+class Adam(torch.optim.Adam):
+    """Adam whose fused step on a CPU reads channels-last tensors where they are.
 
-    PyTorch's fused kernel for CPUs makes a contiguous copy of each gradient, and does not use it
-    (``fused_adam_kernel`` in FusedAdamKernel.cpp, up to PyTorch 2.14). A permuted view of a channels-last tensor is
-    contiguous, and needs no copy.
+    PyTorch's kernel makes a contiguous copy of each gradient, and does not use it (``fused_adam_kernel`` in
+    FusedAdamKernel.cpp, up to PyTorch 2.14). A permuted view of a channels-last tensor is contiguous and is not copied.
     """
 
     def _init_group(self, group: dict[str, Any], *tensors: list[Tensor]) -> bool:
         has_complex: bool = super()._init_group(group, *tensors)  # type: ignore[no-untyped-call]
-        for same_role in tensors:
-            same_role[:] = [_contiguous_view(tensor) for tensor in same_role]
+        roles = [role for role in tensors[:-1] if role]  # parameters, gradients and moments; the last are step counts
+        for index, values in enumerate(zip(*roles, strict=True)):
+            if group["fused"] and all(map(_is_channels_last_on_cpu, values)):
+                for role in roles:
+                    role[index] = role[index].permute(0, 2, 3, 1)
         return has_complex
 
 
-def _contiguous_view(tensor: Tensor) -> Tensor:
-    is_channels_last = tensor.is_contiguous(memory_format=torch.channels_last)  # false unless it has four dimensions
-    return tensor.permute(0, 2, 3, 1) if is_channels_last else tensor
+def _is_channels_last_on_cpu(tensor: Tensor) -> bool:
+    return tensor.device.type == "cpu" and tensor.is_contiguous(memory_format=torch.channels_last)
 
 
 def _supports_fused(trainer: Trainer | None) -> bool:

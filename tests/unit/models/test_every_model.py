@@ -189,7 +189,7 @@ def test_test_predict_and_resume_without_weights_file(trained, magnetic_tile_roo
     maps = torch.cat([batch.anomaly_map for batch in predictions])
     assert len(maps) == 12
     assert maps.isfinite().all()
-    assert len(maps.unique()) > 1
+    assert len(maps.flatten(1).mean(1).unique()) > 1
     assert resumed.schedule_arguments or resumed.current_epoch == 3
 
 

@@ -3,7 +3,7 @@
 from anomalib_dskd.models.distillation.callbacks.caching import CacheTrainingData
 from anomalib_dskd.models.distillation.callbacks.evaluation_weights import EvaluationWeights
 from anomalib_dskd.models.distillation.callbacks.image_checks import CheckImageFiles
-from anomalib_dskd.models.distillation.callbacks.memory import ReturnLargeBlocks
+from anomalib_dskd.models.distillation.callbacks.memory import ReleaseMemory
 from anomalib_dskd.models.distillation.callbacks.predictions import ReportPredictions
 from anomalib_dskd.models.distillation.callbacks.seeding import SeedTraining
 
@@ -11,7 +11,7 @@ __all__ = [
     "CacheTrainingData",
     "CheckImageFiles",
     "EvaluationWeights",
+    "ReleaseMemory",
     "ReportPredictions",
-    "ReturnLargeBlocks",
     "SeedTraining",
 ]

@@ -2,11 +2,10 @@
 
 import pytest
 import torch
-from torch import nn
-from torch.optim import Adam
+from torch import nn, optim
 from torch.profiler import ProfilerActivity, profile
 
-from anomalib_dskd.models.distillation.optimization import ChannelsLastAdam
+from anomalib_dskd.models.distillation.optimization import Adam
 
 ARGUMENTS = {"lr": 0.01, "betas": (0.5, 0.999), "weight_decay": 0.1}
 
@@ -22,7 +21,7 @@ def set_gradients(net: nn.Module) -> None:
     net(images).square().mean().backward()
 
 
-def copied_tensors(optimizer: Adam) -> int:
+def copied_tensors(optimizer: optim.Adam) -> int:
     """Take a step, and return how many tensors it copied."""
     with profile(activities=[ProfilerActivity.CPU]) as profiler:
         optimizer.step()
@@ -32,7 +31,7 @@ def copied_tensors(optimizer: Adam) -> int:
 @pytest.mark.parametrize("fused", [True, False])
 def test_weights_are_those_of_adam(fused):
     ours, theirs = network(), network()
-    optimizers = [ChannelsLastAdam(ours.parameters(), fused=fused, **ARGUMENTS), Adam(theirs.parameters(), **ARGUMENTS)]
+    optimizers = [Adam(ours.parameters(), fused=fused, **ARGUMENTS), optim.Adam(theirs.parameters(), **ARGUMENTS)]
     for _ in range(3):
         for net, optimizer in zip((ours, theirs), optimizers, strict=True):
             optimizer.zero_grad()
@@ -48,11 +47,25 @@ def test_weights_are_those_of_adam(fused):
 def test_no_gradient_is_copied():
     net = network()
     set_gradients(net)
-    assert copied_tensors(ChannelsLastAdam(net.parameters(), fused=True, **ARGUMENTS)) == 0
+    assert copied_tensors(Adam(net.parameters(), fused=True, **ARGUMENTS)) == 0
 
 
 def test_pytorch_still_copies_gradients():
-    """Where this fails, ``ChannelsLastAdam`` is no longer needed."""
+    """Where this fails, the package's ``Adam`` is no longer needed."""
     net = network()
     set_gradients(net)
-    assert copied_tensors(Adam(net.parameters(), fused=True, **ARGUMENTS)) > 0
+    assert copied_tensors(optim.Adam(net.parameters(), fused=True, **ARGUMENTS)) > 0
+
+
+def test_state_in_another_memory_format_is_used_as_it_is():
+    ours, theirs = network(), network()
+    optimizers = [Adam(ours.parameters(), fused=False, **ARGUMENTS), optim.Adam(theirs.parameters(), **ARGUMENTS)]
+    for _ in range(2):
+        for net, optimizer in zip((ours, theirs), optimizers, strict=True):
+            torch.manual_seed(1)
+            set_gradients(net)
+            optimizer.step()
+            for state in optimizer.state.values():
+                state["exp_avg"] = state["exp_avg"].contiguous()
+    for actual, expected in zip(ours.parameters(), theirs.parameters(), strict=True):
+        torch.testing.assert_close(actual, expected)

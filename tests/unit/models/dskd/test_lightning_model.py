@@ -206,14 +206,14 @@ def with_and_without(cache: str, calls: list, folder: Path, root: Path, weights:
     return results
 
 
-@pytest.mark.parametrize(("number", "validation_batches"), [(99, 0), (99, 1), (6, 0)])
+@pytest.mark.parametrize(("batch_norm_images", "validation_batches"), [(99, 0), (99, 1), (6, 0)])
 def test_saved_batch_norm_statistics_are_those_of_the_last_weights(
-    magnetic_tile_root, teacher_weights, tmp_path, number, validation_batches
+    magnetic_tile_root, teacher_weights, tmp_path, batch_norm_images, validation_batches
 ):
     root, weights = magnetic_tile_root, teacher_weights
     # 99 of 8 training images: all of them, in one known order
     trainer = {"limit_val_batches": validation_batches}
-    model = trained_anew(tmp_path, root, weights, batch_norm_images=number, trainer=trainer)
+    model = trained_anew(tmp_path, root, weights, batch_norm_images=batch_norm_images, trainer=trainer)
     loaded = Dskd.load_from_checkpoint(next(tmp_path.rglob("*.ckpt"))).model
     data = MagneticTile(root, train_batch_size=4)
     data.setup()
@@ -224,7 +224,7 @@ def test_saved_batch_norm_statistics_are_those_of_the_last_weights(
     norm = net.decoder_student.stages[0][0].main[1]
     norm.register_forward_pre_hook(lambda _, args: seen.append(args[0].transpose(0, 1).flatten(1)))
     with torch.no_grad():
-        for batch in images[:number].tensor_split(2):
+        for batch in images[:batch_norm_images].tensor_split(2):
             net.student_features(batch, [])  # the encoder student reads no teacher
     saved = loaded.decoder_student.stages[0][0].main[1]
     assert len(seen) == 2
