@@ -32,7 +32,7 @@ from anomalib_dskd.models.distillation.callbacks import EvaluationWeights
 from anomalib_dskd.models.distillation.lightning_model import DistillationModule
 from anomalib_dskd.models.distillation.resuming import constructor_defaults
 from anomalib_dskd.models.tad.lightning_model import assistant_steps
-from tests.conftest import ASSISTANT, TEACHER, at_step, differing, engine
+from tests.conftest import ASSISTANT, RESNET, TEACHER, at_step, differing, engine
 
 ARGUMENTS = {Afkd: {}, Dskd: {}, Dtgd: {}, Tad: {"assistant": ASSISTANT}}
 STUDENTS = {
@@ -186,9 +186,10 @@ def test_test_predict_and_resume_without_weights_file(trained, magnetic_tile_roo
         if not resumed.schedule_arguments:
             engine(tmp_path / "resume", max_epochs=3).fit(resumed, datamodule=data, ckpt_path=checkpoint)
     assert set(metrics) == {"image_AUROC", "image_F1Score", "pixel_AUROC", "pixel_F1Score", "pixel_AUPRO"}
-    maps = torch.cat([batch.anomaly_map for batch in predictions])
-    assert len(maps) == 12
+    maps, scores = (torch.cat([getattr(b, name) for b in predictions]) for name in ("anomaly_map", "pred_score"))
+    assert len(maps) == len(scores) == 12
     assert maps.isfinite().all()
+    assert scores.isfinite().all()
     assert len(maps.flatten(1).mean(1).unique()) > 1
     assert resumed.schedule_arguments or resumed.current_epoch == 3
 
@@ -302,8 +303,8 @@ def test_averaged_weights_are_scored_with_where_no_validation_is_the_last(
     assert model.model.decoder_student.stages[0][0].main[1].num_batches_tracked == 2  # estimated anew: all 8 images
 
 
-def test_batch_norm_and_thresholds_are_those_of_the_averaged_weights(magnetic_tile_root, teacher_weights, tmp_path):
-    model = fit(build(Dskd, teacher_weights, ema_decay=0.5), magnetic_tile_root, tmp_path / "fit")
+def test_batch_norm_and_thresholds_are_those_of_the_averaged_weights(magnetic_tile_root, resnet_weights, tmp_path):
+    model = fit(build(Dskd, resnet_weights, teacher=RESNET, ema_decay=0.5), magnetic_tile_root, tmp_path / "fit")
     data = MagneticTile(magnetic_tile_root, train_batch_size=4)
     data.setup()
     order = torch.randperm(8, generator=torch.Generator().manual_seed(0))  # as for the estimate
@@ -316,9 +317,9 @@ def test_batch_norm_and_thresholds_are_those_of_the_averaged_weights(magnetic_ti
         for batch in torch.cat(images).split(4):
             net.student_features(batch, [])
     torch.testing.assert_close(saved.running_mean, torch.stack(seen).mean(0), atol=1e-4, rtol=1e-3)
-    plain = fit(build(Dskd, teacher_weights), magnetic_tile_root, tmp_path / "plain").model
+    plain = fit(build(Dskd, resnet_weights, teacher=RESNET), magnetic_tile_root, tmp_path / "plain").model
     others = plain.decoder_student.stages[0][0].main[1].running_mean
-    assert (saved.running_mean - others).abs().max() > 0.003  # those of the last step's weights would not do
+    assert (saved.running_mean - others).abs().max() > 0.01  # those of the last step's weights would not do
     again = Dskd.load_from_checkpoint(next((tmp_path / "fit").rglob("model.ckpt")))
     threshold = again.post_processor.image_threshold.clone()
     with warnings.catch_warnings():
