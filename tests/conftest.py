@@ -15,6 +15,7 @@ with warnings.catch_warnings():
     import anomalib.models  # noqa: F401
 
 import numpy as np
+import openvino
 import pytest
 import skimage.data
 import timm
@@ -123,6 +124,24 @@ def export_without_coverage():
             sys.settrace(tracer)
 
     with mock.patch("torch.onnx.export", untraced):
+        yield
+
+
+@pytest.fixture(scope="session", autouse=True)
+def keep_openvino_cores():
+    """Keep every ``openvino.Core``; ``tests/integration/test_signal_stack.py`` tells when that is no longer needed.
+
+    One that has compiled for the CPU has replaced the signal stack of the thread. Cores that are destroyed in the order
+    of their creation leave a stack that no longer exists, and the next signal, such as that of a data-loader worker
+    that ends, kills the process.
+    """
+    cores, create = [], openvino.Core.__init__
+
+    def create_and_keep(core: openvino.Core, *args: object) -> None:
+        create(core, *args)
+        cores.append(core)
+
+    with mock.patch.object(openvino.Core, "__init__", create_and_keep):
         yield
 
 
