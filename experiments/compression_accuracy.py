@@ -80,11 +80,12 @@ for name in options.only:
         )
         network = core.read_model(path)
         network.reshape([-1, 3, *model.input_size])
-        expected = None
-        for precision in PRECISIONS:
-            compiled = core.compile_model(network, "CPU", {"INFERENCE_PRECISION_HINT": precision})
-            metrics, predicted = evaluate(compiled)
-            expected = predicted if expected is None else expected
+        evaluated = {
+            precision: evaluate(core.compile_model(network, "CPU", {"INFERENCE_PRECISION_HINT": precision}))
+            for precision in PRECISIONS
+        }
+        _, expected = evaluated["f32"]
+        for precision, (metrics, predicted) in evaluated.items():
             cells = common.metric_cells(metrics, digits=2)
             common.print_row(name, precision, *cells, int((predicted != expected).sum()))
         del network  # its file is removed with the folder
